@@ -1,0 +1,45 @@
+# Every target first makes .venv with the exact versions of constraints.txt; the first time takes some minutes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check bench clean
+
+help:
+	@echo 'make demo    bundled model -> SAE -> evaluation -> a page of features'
+	@echo 'make test    every test and notebook'
+	@echo 'make check   format, lint and types'
+	@echo 'make bench   the bundled model beside a trigram and lzma'
+	@echo 'make .venv   only set up; PYTHON=python3.12 chooses the interpreter'
+	@echo 'make clean   remove .venv and everything that was built'
+
+.venv: $(READY)
+
+# torch first, by itself: constraints.txt pins it, and everything else asks for an open range
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'saekit needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install torch -c constraints.txt
+	$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/saekit demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.pystd.baselines
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

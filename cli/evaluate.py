@@ -1,0 +1,98 @@
+"""`saekit eval`: how good an SAE is on held-out text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from .output import Progress, columns, write_facts
+
+if TYPE_CHECKING:
+    from saekit.activations.mask import MaskPolicy
+    from saekit.activations.tokens import TokenRows
+    from saekit.analysis.evaluate import Evaluation
+    from saekit.sae import SAE
+    from saekit.targets import Site, Target
+
+# how each number is shown to people; the rest of the metrics is for --json
+SHOWN = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "active features per token",
+    "dead_fraction": "features that never fired",
+    "underused_fraction": "features far under the Zipf line",
+    "ce_clean": "nats per token, model untouched",
+    "ce_sae": "nats per token, SAE spliced in",
+    "ce_zero": "nats per token, Site zeroed",
+    "ce_mean": "nats per token, Site at its mean",
+    "ce_recovered": "loss recovered against zero",
+    "ce_recovered_mean": "loss recovered against mean",
+    "kl": "nats from clean to spliced prediction",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Eval:
+    """Evaluate a saved SAE: reconstruction, sparsity, and the loss of the model with it spliced in.
+
+    Model, text, Site and token mask are those that it was trained with, unless told otherwise; of the
+    same text the same rows are held out as in training.
+
+    Example:
+      saekit eval sae
+      saekit eval sae --text ./other.txt --json
+    """
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder of the SAE."""
+    model: str | None = None
+    """Another model than the one it was trained on."""
+    text: str | None = None
+    """Another text than the one it was trained on; all of it is then read."""
+    site: str | None = None
+    """Another Site than the one it was trained at."""
+    rows: int | None = None
+    """Rows of tokens to read; what training held out, if not given."""
+    device: str = "cpu"
+    json: bool = False
+    """Print all metrics as JSON."""
+    config: Path | None = None
+    """YAML file with any of these settings; flags win over it."""
+
+    def run(self) -> int:
+        from .opened import open_sae
+
+        opened = open_sae(
+            self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device
+        )
+        evaluation = evaluate_with_progress(opened.sae, opened.target, opened.corpus.held_out, opened.site, opened.mask)
+        facts: dict[str, Any] = {"sae": str(self.sae), "site": str(opened.site), **evaluation.metrics()}
+        write_facts(facts, as_json=self.json, text=lambda: metric_lines(facts))
+        return 0
+
+
+def evaluate_with_progress(
+    sae: "SAE", target: "Target", rows: "TokenRows", site: "Site", mask: "MaskPolicy"
+) -> "Evaluation":
+    """`evaluate`, with a bar on stderr."""
+    from saekit.analysis.evaluate import evaluate
+
+    with Progress("evaluating", 2 * len(rows), unit="rows") as progress:
+        return evaluate(
+            sae, target, rows, site, mask=mask, on_progress=lambda rows_done: progress.to(progress.done + rows_done)
+        )
+
+
+def metric_lines(metrics: Mapping[str, Any]) -> str:
+    """The metrics that people look at, a line each."""
+    lines = []
+    for name, meaning in SHOWN.items():
+        if metrics.get(name) is None:
+            continue
+        value = f"{metrics[name]:.4f}"
+        if name == "l0":
+            value = f"{metrics['l0']:.2f} ({metrics['l0_p5']:.0f} to {metrics['l0_p95']:.0f})"
+        lines.append((name, f"{value:<18}{meaning}"))
+    tokens = f"over {metrics['tokens']:,} activations"
+    return columns(lines) + f"\n  {tokens}, {metrics['predicted']:,} predictions"

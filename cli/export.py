@@ -1,0 +1,83 @@
+"""`saekit export`: a page about an SAE's features, in one file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from .output import Progress, columns, write_facts
+
+if TYPE_CHECKING:
+    from .opened import OpenedSAE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """Write a page about a saved SAE: how often features fire, and the most interesting ones with examples.
+
+    One HTML file that needs nothing else, for looking at and for sending to somebody. Features of an
+    SAE on Python source are scored against the concepts of the language.
+
+    Example:
+      saekit export sae --out features.html
+      saekit export sae --features 120 --tokens 1000000
+    """
+
+    sae: Annotated[Path, tyro.conf.Positional]
+    """Folder of the SAE."""
+    out: Path = Path("features.html")
+    """File to write."""
+    features: int = 60
+    """How many features get a page."""
+    tokens: int = 300_000
+    """How much text to read for statistics and examples."""
+    model: str | None = None
+    """Another model than the one it was trained on."""
+    text: str | None = None
+    """Another text than the one it was trained on."""
+    site: str | None = None
+    """Another Site than the one it was trained at."""
+    device: str = "cpu"
+    json: bool = False
+    """Print the facts as JSON."""
+    config: Path | None = None
+    """YAML file with any of these settings; flags win over it."""
+
+    def run(self) -> int:
+        from .opened import open_sae
+
+        opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)
+        facts = export_page(opened, self.out, n_features=self.features, n_tokens=self.tokens)
+        write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
+        return 0
+
+
+def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: int) -> dict[str, Any]:
+    """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it."""
+    from saekit.activations.harvest import Harvest
+    from saekit.dashboards.page_of_sae import page_of_sae, sample_rows
+    from saekit.dashboards.static_page import write_page
+
+    rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
+    harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
+    documents = opened.corpus.train_documents
+    is_python = all(document.name.endswith(".py") for document in documents)
+    with Progress("reading features", len(rows), unit="rows") as progress:
+        page, measured = page_of_sae(
+            opened.sae,
+            harvest,
+            metrics={name: float(value) for name, value in opened.sae.cfg.metadata.get("evaluation", {}).items()},
+            documents=documents if is_python else (),
+            n_features=n_features,
+            on_progress=lambda done: progress.to(min(progress.done + done, len(rows))),
+        )
+        write_page(out, page)
+    statistics = measured.statistics
+    return {
+        "page": str(out),
+        "features_shown": len(page.features),
+        "tokens": statistics.n_tokens,
+        "never_fired": int((statistics.active == 0).sum()),
+        "megabytes": round(out.stat().st_size / 1e6, 2),
+    }

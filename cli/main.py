@@ -1,0 +1,98 @@
+"""The command line: a table of commands, and what happens to their errors.
+
+A command is a frozen dataclass in its own file, listed in `COMMANDS`. Its fields are the flags, its docstring is
+the help and has an "Example:", and `run` does the work. `saekit --help` imports every command, so whatever
+loads torch or transformers is imported inside `run`; that is also why `main` imports its own errors late.
+
+    exit code 0    it worked
+              1    something the user can change: one line on stderr says what
+              2    the command line itself is wrong
+              130  interrupted
+    a bug keeps its traceback
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any, Protocol, Union
+
+import tyro
+
+from .config_file import config_defaults
+from .demo import Demo
+from .doctor import Doctor
+from .evaluate import Eval
+from .export import Export
+from .pretrain import Pretrain
+from .train import Train
+
+
+class Command(Protocol):
+    """What the values of `COMMANDS` make."""
+
+    def run(self) -> int | None:
+        """Do it, and return an exit code; None means 0."""
+        ...
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "train": Train,
+    "eval": Eval,
+    "export": Export,
+    "pretrain": Pretrain,
+    "doctor": Doctor,
+}
+
+DESCRIPTION = "Train, inspect and patch sparse autoencoders. `saekit COMMAND --help` says more about one command."
+MARKERS = (
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` is everything after the program's name."""
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv == ["--version"]:
+        print(f"saekit {version('saekit')}")
+        return 0
+    try:
+        return parse(argv).run() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from saekit.errors import SaekitError
+
+        if not isinstance(error, SaekitError):
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command that `argv` asks for, filled from `--config` first and from the flags last.
+
+    Raises:
+        SystemExit: with code 2 for a wrong command line, which tyro explains, and 0 for `--help`.
+        SaekitError: for a config file that cannot be used.
+    """
+    choices: list[Any] = [Annotated[None, tyro.conf.Suppress]]
+    for name, command in COMMANDS.items():
+        is_chosen = name == argv[0]
+        text = inspect.getdoc(command) or ""
+        details = tyro.conf.subcommand(
+            name,
+            description=text if is_chosen else text.partition("\n\n")[0],
+            default=config_defaults(command, argv[1:]) if is_chosen else tyro.MISSING_NONPROP,
+        )
+        choices.append(Annotated[command, details])
+    any_command: Any = Union[tuple(choices)]  # noqa: UP007
+    return tyro.cli(any_command, prog="saekit", description=DESCRIPTION, args=argv, config=MARKERS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

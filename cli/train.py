@@ -1,0 +1,245 @@
+"""`saekit train`: from a model and a text to an SAE folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from .output import Progress, columns, write_facts
+
+if TYPE_CHECKING:
+    from saekit.activations.corpus import Corpus
+    from saekit.activations.harvest import Harvest
+    from saekit.targets import Site, Target
+    from saekit.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """Train an SAE on a model's activations, evaluate it on held-out text, and save it.
+
+    Without arguments: the bundled model, the source of Python's standard library, the middle layer.
+
+    Example:
+      saekit train --k 32 --features 4096 --tokens 1000000
+      saekit train ./my-model ./notes.txt --site layers.3 --out my-sae
+      saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "pystd"
+    """The bundled model, a local folder, or a name on the Hub."""
+    text: Annotated[str, tyro.conf.Positional] = "stdlib"
+    """The standard library's source, a file or folder, JSONL, or a data set's name on the Hub."""
+    site: tuple[str, ...] = ()
+    """Where to read; several give one SAE each from one forward pass. The middle layer if not given."""
+    rule: Literal["topk", "feature", "mutual"] = "topk"
+    """Who chooses: each token its features, each feature its tokens, or both at once."""
+    k: int = 32
+    """Mean number of active features per token."""
+    exponent: float = 0.0
+    """For --rule feature: budgets fall as rank to the minus this; 0 makes them equal."""
+    features: int = 4096
+    """Width of the dictionary."""
+    tokens: int = 1_000_000
+    """Length of training; a shorter text is read more than once."""
+    batch_tokens: int = 2048
+    """Tokens per step."""
+    learning_rate: float | None = None
+    """Peak learning rate; derived from the width if not given."""
+    auxiliary: Literal["zipf", "k", "none"] = "zipf"
+    """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
+    equal_norms: bool = False
+    """Scale every centred token to one norm before encoding."""
+    context: int | None = None
+    """Tokens per row; the model's own context, at most 256, if not given."""
+    row_bos: Literal["yes", "no"] = "yes"
+    """Whether every row of tokens opens with BOS; "no" cuts the text as it flows."""
+    held_out_rows: int = 160
+    """Rows that training does not see, for evaluation."""
+    max_documents: int | None = None
+    """Read no more documents than this; a data set on the Hub may have no end."""
+    seed: int = 0
+    """Decides weights and order of the data; the same seed gives the same SAE on a CPU."""
+    device: str = "cpu"
+    out: Path = Path("sae")
+    """Folder to write; with several Sites, the folder that holds a folder for each."""
+    dry_run: bool = False
+    """Only say what the run would take."""
+    json: bool = False
+    """Print the facts as JSON."""
+    config: Path | None = None
+    """YAML file with any of these settings; flags win over it."""
+
+    def run(self) -> int:
+        from saekit.targets import Target
+
+        target = Target.load(self.model, device=self.device)
+        corpus = read_corpus(self, target)
+        configs = train_configs(self, target)
+        source = harvest_of(self, target, corpus, [config.site for config in configs])
+        if self.dry_run:
+            facts = estimate(configs, source)
+            write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
+            return 0
+        facts = train_and_evaluate(self, target, corpus, configs, source)
+        write_facts({"saes": facts} if len(facts) > 1 else facts[0], as_json=self.json, text=lambda: as_text(facts))
+        return 0
+
+
+def read_corpus(command: Train, target: "Target") -> "Corpus":
+    """The text of the command, tokenised for the target."""
+    from saekit.activations.corpus import load_corpus
+    from saekit.errors import SaekitError
+
+    if command.context and target.context and command.context > target.context:
+        raise SaekitError(
+            f"context={command.context:,}, but {target.name} reads at most {target.context:,} tokens; "
+            "choose a context up to that"
+        )
+    context = command.context or min(target.context or 256, 256)
+    return load_corpus(
+        command.text,
+        target.tokenizer,
+        context=context,
+        held_out_rows=command.held_out_rows,
+        row_bos=command.row_bos == "yes",
+        max_documents=command.max_documents,
+    )
+
+
+def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
+    """What the flags say, as one config per Site."""
+    from saekit.selection import FeatureChoice, MutualChoice, TopK
+    from saekit.targets import Site
+    from saekit.training.config import TrainConfig
+
+    rules = {
+        "topk": lambda: TopK(command.k),
+        "mutual": lambda: MutualChoice(command.k),
+        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent),
+    }
+    sites = [Site.parse(site) for site in command.site] or [target.middle_site()]
+    for site in sites:
+        site.resolve(target.model)
+    return [
+        TrainConfig(
+            site=site,
+            rule=rules[command.rule](),
+            n_features=command.features,
+            tokens=command.tokens,
+            batch_tokens=command.batch_tokens,
+            seed=command.seed,
+            learning_rate=command.learning_rate,
+            auxiliary=command.auxiliary,
+            equal_norms=command.equal_norms,
+        )
+        for site in sites
+    ]
+
+
+def harvest_of(command: Train, target: "Target", corpus: "Corpus", sites: Sequence["Site"]) -> "Harvest":
+    """The stream of activations that training reads."""
+    from saekit.activations.harvest import Harvest
+
+    # a buffer longer than the run would be filled for nothing
+    buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
+    return Harvest(target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens)
+
+
+def train_and_evaluate(
+    command: Train, target: "Target", corpus: "Corpus", configs: Sequence["TrainConfig"], source: "Harvest"
+) -> list[dict[str, Any]]:
+    """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
+    from saekit.checkpoint import check_writable
+    from saekit.sae import with_metadata
+    from saekit.training.loop import train
+
+    from .evaluate import evaluate_with_progress
+
+    folders = [command.out if len(configs) == 1 else command.out / folder_name(str(c.site)) for c in configs]
+    for folder in folders:
+        check_writable(folder)
+    first = configs[0]
+    with Progress("training", first.steps * first.batch_tokens, unit="tok") as progress:
+        saes = train(
+            configs,
+            source,
+            model_name=command.model,
+            context_size=corpus.train.context,
+            on_step=lambda step, reports: progress.to(
+                step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
+            ),
+        )
+    facts = []
+    for sae, config, folder in zip(saes, configs, folders, strict=True):
+        evaluation = evaluate_with_progress(sae, target, corpus.held_out, config.site, source.mask)
+        metrics = evaluation.metrics()
+        sae.cfg = with_metadata(
+            sae.cfg,
+            text=command.text,
+            row_bos=command.row_bos == "yes",
+            held_out_rows=command.held_out_rows,
+            mask=source.mask.as_dict(),
+            evaluation=metrics,
+            **versions(),
+        )
+        sae.save(folder)
+        facts.append({"sae": str(folder), "site": str(config.site), "rule": repr(config.rule), **metrics})
+    return facts
+
+
+def folder_name(site: str) -> str:
+    """A Site's text as the name of a folder."""
+    return site.replace(":", "_").replace("@", "_").replace("*", "every")
+
+
+def versions() -> dict[str, str]:
+    """What made the weights, for the record."""
+    from importlib.metadata import version
+
+    return {f"{package}_version": version(package) for package in ("saekit", "torch", "transformers")}
+
+
+def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, Any]:
+    """Memory, disk and time of a run; time by doing the first steps of it."""
+    import time
+    from itertools import islice
+
+    import torch
+
+    from saekit.training.step import TrainState, train_step
+
+    first = configs[0]
+    widths = source.widths
+    numbers = sum(2 * config.n_features * (widths[config.site] + 1) for config in configs)
+    row_bytes = sum(4 * widths[config.site] + 41 for config in configs)
+    began = time.perf_counter()
+    one_pass = next(iter(source.in_order()))
+    harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
+    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens] for site, batch in one_pass.items()}
+    states = [TrainState.start(config, vectors[config.site]) for config in configs]
+    began = time.perf_counter()
+    for _ in islice(range(3), 3):
+        for state in states:
+            train_step(state, vectors[state.config.site])
+    step_s = (time.perf_counter() - began) / 3 * first.steps
+    return {
+        "weights_mb": round(numbers * 4 / 1e6, 1),
+        "memory_mb": round((numbers * 16 + source.buffer_tokens * 2.5 * row_bytes) / 1e6 + 700),
+        "disk_mb": round(numbers * 4 / 1e6, 1),
+        "harvest_minutes": round(harvest_s / 60, 2),
+        "training_minutes": round(step_s / 60, 2),
+        "passes_over_text": round(first.tokens / max(1, source.rows.ids.numel()), 2),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def as_text(facts: Sequence[dict[str, Any]]) -> str:
+    """The facts for people, one block per SAE."""
+    from .evaluate import metric_lines
+
+    return "\n\n".join(
+        "\n".join([f"{fact['sae']}  ({fact['rule']} at {fact['site']})", metric_lines(fact)]) for fact in facts
+    )

@@ -1,0 +1,65 @@
+"""From the name of a text to the rows that training reads and the rows that it never sees."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from saekit.activations.text import Document, read_documents, split_documents
+from saekit.activations.tokens import TokenRows, tokenize_documents
+from saekit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A text, tokenised and divided.
+
+    Attributes:
+        train: rows for training.
+        held_out: rows for evaluation.
+        train_documents: what `train.source` counts.
+        held_out_documents: what `held_out.source` counts.
+    """
+
+    train: TokenRows
+    held_out: TokenRows
+    train_documents: tuple[Document, ...]
+    held_out_documents: tuple[Document, ...]
+
+
+def load_corpus(
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    context: int,
+    held_out_rows: int = 160,
+    row_bos: bool = True,
+    max_documents: int | None = None,
+) -> Corpus:
+    """Read, tokenise and divide a text.
+
+    The standard library is divided by whole modules, as it was for training the bundled model, and
+    `held_out_rows` rows are drawn from the modules set aside (drawn once and for all: no seed). Any
+    other text gives up its last `held_out_rows` rows.
+
+    Raises:
+        DataError: if nothing is left to train on.
+    """
+    documents = read_documents(text, limit=max_documents)
+    if text == "stdlib":
+        train_documents, held_out_documents = split_documents(documents)
+        train = tokenize_documents(train_documents, tokenizer, context=context, row_bos=row_bos)
+        held_out = tokenize_documents(held_out_documents, tokenizer, context=context, row_bos=row_bos)
+        drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:held_out_rows]
+        return Corpus(train, held_out.select(drawn.sort().values), tuple(train_documents), tuple(held_out_documents))
+    rows = tokenize_documents(documents, tokenizer, context=context, row_bos=row_bos)
+    n_train = len(rows) - held_out_rows
+    if n_train < 1:
+        raise DataError(
+            f"{text} has {len(rows):,} rows of {context} tokens, and {held_out_rows:,} are to be held out; "
+            "give more text, a smaller context or fewer held-out rows"
+        )
+    return Corpus(rows.select(slice(n_train)), rows.select(slice(n_train, None)), tuple(documents), tuple(documents))

@@ -1,0 +1,254 @@
+"""How good is an SAE: reconstruction, sparsity, use of the dictionary, and what splicing it in costs the model.
+
+One pass over the rows reads activations and codes; for language models a second one runs the whole
+model five times per batch: untouched, with the SAE spliced in, and with the Site's output replaced by
+zero and by its mean. Definitions, since tools differ:
+
+    fvu                  squared error over squared distance from the mean vector, over all tokens at once
+    explained_variance   1 - fvu
+    l0, l0_p5, l0_p95    active features per token: mean, 5th and 95th percentile
+    dead_fraction        features that fired on none of the tokens read
+    underused_fraction   features that fired, but under half as often as the Zipf line expects of their rank
+    ce_*                 mean nats per predicted token; the SAE leaves masked tokens (BOS) as they were, the
+                         two ablations replace every position, masked or not
+    ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean)
+    ce_recovered_mean    the same against mean ablation, which is the harsher yardstick
+    kl                   nats from the clean prediction to the spliced one, mean over predicted tokens
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from saekit.activations.harvest import Harvest
+from saekit.activations.mask import MaskPolicy
+from saekit.activations.tokens import TokenRows
+from saekit.density import ZipfFit, expected_density, underused, zipf_fit
+from saekit.errors import DataError, SaekitError
+from saekit.sae import SAE
+from saekit.targets import Site, Target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Metrics of one SAE; the definitions are in the module's docstring.
+
+    Attributes:
+        tokens: activations read for reconstruction and sparsity.
+        predicted: next-token predictions behind the cross-entropies; 0 if the target is no language model.
+        density: `(n_features,)` share of tokens on which each feature fired.
+        l0_counts: `(most + 1,)` tokens with 0, 1, 2, ... active features.
+    """
+
+    tokens: int
+    predicted: int
+    fvu: float
+    explained_variance: float
+    l0: float
+    l0_p5: float
+    l0_p95: float
+    dead_fraction: float
+    underused_fraction: float
+    ce_clean: float | None
+    ce_sae: float | None
+    ce_zero: float | None
+    ce_mean: float | None
+    ce_recovered: float | None
+    ce_recovered_mean: float | None
+    kl: float | None
+    density: Float[Tensor, " n_features"]
+    l0_counts: Int[Tensor, " most"]
+    zipf: ZipfFit
+
+    def metrics(self) -> dict[str, int | float]:
+        """The numbers alone, those that exist, under their names."""
+        skipped = {"density", "l0_counts", "zipf"}
+        numbers = {name: value for name, value in asdict(self).items() if name not in skipped and value is not None}
+        return numbers | {"zipf_exponent": self.zipf.exponent, "zipf_offset": self.zipf.offset}
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE,
+    target: Target,
+    rows: TokenRows,
+    site: Site,
+    *,
+    mask: MaskPolicy = MaskPolicy(),
+    batch_rows: int = 16,
+    language: bool = True,
+    on_progress: Callable[[int], None] = lambda rows_done: None,
+) -> Evaluation:
+    """Measure `sae` on `rows`, which training should not have seen.
+
+    Args:
+        language: also measure cross-entropies; the target's output must then be next-token logits.
+        on_progress: called with the number of rows done since the last call; every row counts twice
+            when `language` is on.
+
+    Raises:
+        DataError: if every token is masked.
+    """
+    harvest = Harvest(target=target, rows=rows, sites=(site,), mask=mask, batch_rows=batch_rows)
+    reconstruction = _Reconstruction(sae)
+    for part, batches in zip(rows.ids.split(batch_rows), harvest.in_order(), strict=True):
+        if len(batches[site]):
+            reconstruction.observe(batches[site].vectors.to(sae.b_dec.device))
+        on_progress(len(part))
+    if reconstruction.tokens == 0:
+        raise DataError(
+            "every token of the text is masked; there is nothing to evaluate; give more text or another mask"
+        )
+    losses = {}
+    if language:
+        losses: dict[str, Any] = _language_losses(
+            sae, target, rows, site, mask, reconstruction.mean, batch_rows, on_progress
+        )
+    density = reconstruction.density
+    fit = zipf_fit(density)
+    behind = underused(density, expected_density(density, fit)) & (density > 0)
+    return Evaluation(
+        tokens=reconstruction.tokens,
+        fvu=reconstruction.fvu,
+        explained_variance=1 - reconstruction.fvu,
+        **reconstruction.l0(),
+        dead_fraction=float((density == 0).double().mean()),
+        underused_fraction=float(behind.double().mean()),
+        density=density,
+        l0_counts=reconstruction.l0_counts,
+        zipf=fit,
+        **(losses or _NO_LOSSES),
+    )
+
+
+_NO_LOSSES: dict[str, Any] = {
+    "predicted": 0,
+    **dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_mean", "ce_recovered", "ce_recovered_mean", "kl")),
+}
+
+
+def ce_recovered(*, clean: float, spliced: float, ablated: float) -> float:
+    """Share of the damage of an ablation that the SAE avoids: 1 is lossless, 0 as bad as the ablation.
+
+    Raises:
+        SaekitError: if the ablation does no damage, so that there is nothing to recover.
+    """
+    if ablated <= clean:
+        raise SaekitError(
+            f"ablating the Site leaves the loss at {ablated:.4f} (clean {clean:.4f}); the model does not need this "
+            "Site, so recovered loss means nothing; choose another Site"
+        )
+    return (ablated - spliced) / (ablated - clean)
+
+
+class _Reconstruction:
+    """Sums over activations; float64, so that the order of batches does not show."""
+
+    def __init__(self, sae: SAE):
+        self.sae = sae
+        self.tokens = 0
+        self.error = 0.0
+        self.total_square = 0.0
+        self.total = torch.zeros(sae.d_model, dtype=torch.float64)
+        self.counts = torch.zeros(sae.n_features, dtype=torch.int64)
+        self.l0_counts = torch.zeros(1, dtype=torch.int64)
+
+    def observe(self, vectors: Float[Tensor, "n d_model"]) -> None:
+        codes = self.sae.encode(vectors)
+        exact = vectors.double()
+        self.error += float((exact - self.sae.decode(codes)).square().sum())
+        self.total_square += float(exact.square().sum())
+        self.total += exact.sum(0).cpu()
+        self.tokens += len(vectors)
+        self.counts += codes.feature_counts().cpu()
+        batch_l0 = torch.bincount(codes.l0().cpu())
+        longest = max(len(self.l0_counts), len(batch_l0))
+        self.l0_counts = _padded(self.l0_counts, longest) + _padded(batch_l0, longest)
+
+    @property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        return self.total / self.tokens
+
+    @property
+    def fvu(self) -> float:
+        return self.error / (self.total_square - self.tokens * float(self.mean.square().sum()))
+
+    @property
+    def density(self) -> Float[Tensor, " n_features"]:
+        return self.counts.double() / self.tokens
+
+    def l0(self) -> dict[str, Any]:
+        cumulative = self.l0_counts.cumsum(0).double() / self.tokens
+        values = torch.arange(len(self.l0_counts), dtype=torch.float64)
+        return {
+            "l0": float((values * self.l0_counts).sum() / self.tokens),
+            "l0_p5": float(values[(cumulative >= 0.05).nonzero()[0, 0]]),
+            "l0_p95": float(values[(cumulative >= 0.95).nonzero()[0, 0]]),
+        }
+
+
+def _padded(counts: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(counts, (0, length - len(counts)))
+
+
+def _language_losses(
+    sae: SAE,
+    target: Target,
+    rows: TokenRows,
+    site: Site,
+    mask: MaskPolicy,
+    mean: Tensor,
+    batch_rows: int,
+    on_progress: Callable[[int], None],
+) -> dict[str, float | int]:
+    sums: dict[str, float] = {name: 0.0 for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl")}
+    predicted = 0
+    for ids in rows.ids.split(batch_rows):
+        following = ids[:, 1:].flatten()
+        wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
+        edits: dict[str, Callable[[Tensor], Tensor] | None] = {
+            "ce_clean": None,
+            "ce_sae": splice(sae, rows, ids, mask),
+            "ce_zero": torch.zeros_like,
+            "ce_mean": lambda activations: mean.to(activations).expand_as(activations),
+        }
+        log_probs = {
+            name: _log_probs(target.run(ids, edits={site: edit} if edit else {}))[wanted]
+            for name, edit in edits.items()
+        }
+        for name, predictions in log_probs.items():
+            sums[name] += float(cross_entropy(predictions, following[wanted].to(predictions.device), reduction="sum"))
+        sums["kl"] += float(kl_div(log_probs["ce_sae"], log_probs["ce_clean"], log_target=True, reduction="sum"))
+        predicted += int(wanted.sum())
+        on_progress(len(ids))
+    means = {name: total / predicted for name, total in sums.items()}
+    recovered = {
+        name: ce_recovered(clean=means["ce_clean"], spliced=means["ce_sae"], ablated=means[ablation])
+        for name, ablation in (("ce_recovered", "ce_zero"), ("ce_recovered_mean", "ce_mean"))
+    }
+    return {**means, **recovered, "predicted": predicted}
+
+
+def splice(
+    sae: SAE, rows: TokenRows, ids: Int[Tensor, "batch context"], mask: MaskPolicy
+) -> Callable[[Tensor], Tensor]:
+    """An edit that replaces the activations of unmasked tokens by their reconstruction."""
+
+    def edit(activations: Float[Tensor, "batch context d_model"]) -> Float[Tensor, "batch context d_model"]:
+        keep = mask.keep(rows, ids, activations.float().cpu()).to(activations.device)
+        if not bool(keep.any()):
+            return activations
+        replaced = activations.clone()
+        replaced[keep] = sae(activations[keep].float().to(sae.b_dec.device)).to(activations)
+        return replaced
+
+    return edit
+
+
+def _log_probs(logits: Float[Tensor, "batch context vocabulary"]) -> Float[Tensor, "predictions vocabulary"]:
+    return log_softmax(logits[:, :-1].float().flatten(0, 1), dim=-1)

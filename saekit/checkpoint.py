@@ -1,0 +1,191 @@
+"""The native folder of an SAE: two files that other tools can read too.
+
+`cfg.json` — a superset of what SAELens (6 and later) writes:
+
+    architecture                "topk" with `k`, or "jumprelu"; "batch_rule" for an SAE not yet calibrated
+    d_in, d_sae                 width of the input, number of features
+    dtype, device               of the weights on disk ("float32" or "float16"); "cpu"
+    apply_b_dec_to_input        true: the encoder reads `x - b_dec`
+    normalize_activations       "none": whatever scaling training used is folded into the biases
+    reshape_activations         "none"
+    metadata                    hook_name, model_name, context_size and what else the maker recorded
+    saekit.format_version       this number; a folder with a higher one is refused
+    saekit.rule                 name and arguments of the rule
+    saekit.equal_norms          whether centred inputs are scaled to one norm (no other tool knows this)
+
+`sae_weights.safetensors` — `W_enc (d_in, d_sae)`, `b_enc (d_sae,)`, `W_dec (d_sae, d_in)`, `b_dec (d_in,)`
+and, when the rule is a threshold, `threshold (d_sae,)`. `ranks (d_sae,)`, int64, where FeatureChoice has
+given its features places on the curve.
+
+A folder is written beside its place and renamed, so that it is there whole or not at all.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saekit.errors import FileError
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+
+
+def describe(
+    *,
+    rule: Mapping[str, Any],
+    d_in: int,
+    d_sae: int,
+    hook_name: str,
+    model_name: str,
+    context_size: int | None,
+    equal_norms: bool,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The contents of `cfg.json`."""
+    architecture = {"TopK": "topk", "Threshold": "jumprelu"}.get(rule["name"], "batch_rule")
+    return {
+        "architecture": architecture,
+        **({"k": rule["k"]} if architecture == "topk" else {}),
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"hook_name": hook_name, "model_name": model_name, "context_size": context_size, **metadata},
+        "saekit": {"format_version": FORMAT_VERSION, "rule": dict(rule), "equal_norms": equal_norms},
+    }
+
+
+def save(folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write both files, or neither.
+
+    Raises:
+        FileError: if there is no space or no right to write there, or something other than an SAE is there.
+    """
+    check_writable(folder)
+    with written_whole(folder) as beside:
+        (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / WEIGHTS_FILE)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before hours of work, not after, that `save` cannot write here.
+
+    Raises:
+        FileError: if there is no right to, or if replacing the folder would delete other files in it.
+    """
+    try:
+        others = {path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE} if folder.exists() else set()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror}; choose a place you may write to") from error
+    if others:
+        raise FileError(
+            f"{folder} holds more than an SAE ({', '.join(sorted(others)[:3])}), which saving would delete; "
+            "give a new or empty folder"
+        )
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a native folder, checked against each other.
+
+    Raises:
+        FileError: saying which file is missing, damaged, of a newer version, or does not fit the other.
+    """
+    config = _read_config(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; copy the folder again, with both files")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise FileError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+    d_in, d_sae = config["d_in"], config["d_sae"]
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if config["saekit"]["rule"].get("name") == "Threshold":
+        expected["threshold"] = (d_sae,)
+    if "ranks" in tensors:
+        expected["ranks"] = (d_sae,)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise FileError(f"{path} has no tensor {name}; expected {', '.join(expected)}; is it another format?")
+        if tuple(tensors[name].shape) != shape:
+            raise FileError(
+                f"{name} in {path} is {tuple(tensors[name].shape)}, but {CONFIG_FILE} says {shape}; "
+                "the two files belong to different SAEs"
+            )
+    return config, tensors
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise FileError(
+            f"no SAE in {folder}: expected {CONFIG_FILE} and {WEIGHTS_FILE}; give a folder that saekit wrote"
+        )
+    try:
+        config = json.loads(path.read_text())
+        version = config["saekit"]["format_version"]
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise FileError(f"{path} is not readable JSON ({error}); copy or download it again") from error
+    except (KeyError, TypeError) as error:
+        raise FileError(
+            f"{path} was not written by saekit (it has no saekit.format_version); convert the SAE first"
+        ) from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise FileError(
+            f"{path} has format version {version}, this saekit reads up to {FORMAT_VERSION}; "
+            "upgrade with `pip install -U saekit`"
+        )
+    missing = [key for key in ("d_in", "d_sae", "metadata") if key not in config]
+    missing += [f"saekit.{key}" for key in ("rule", "equal_norms") if key not in config["saekit"]]
+    if missing:
+        raise FileError(f"{path} lacks {', '.join(missing)}; copy or download it again")
+    return config
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write into; it takes the place of `folder` when the block ends well.
+
+    Raises:
+        FileError: for any failure to write, leaving what was there before.
+    """
+    folder = folder.resolve()  # a link stays a link
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror}; choose a place you may write to") from error
+    try:
+        yield beside
+        beside.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            old = beside.with_name(beside.name + "-old")
+            os.replace(folder, old)
+            try:
+                os.replace(beside, folder)
+            except OSError:
+                os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(beside, folder)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"cannot write {folder}: {error}; check space and rights; nothing was changed") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""From an SAE and its model to the data of a page: one pass over the rows, and a second look at the examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit.activations.harvest import Harvest
+from saekit.activations.text import Document
+from saekit.activations.tokens import TokenRows
+from saekit.analysis.concepts import ConceptLabels, label_tokens
+from saekit.analysis.feature_pass import AddressedCodes, FeatureMeasurements, measure_features
+from saekit.analysis.featured import interesting_features, logit_effects
+from saekit.dashboards.page_data import PageData, build_page_data, token_texts
+from saekit.sae import SAE
+from saekit.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Codes, addresses and labels of rows, as `measure_features` wants them."""
+
+    sae: SAE
+    harvest: Harvest
+    labels: ConceptLabels | None
+    on_progress: Callable[[int], None]
+
+    def read(self, chosen: Int[Tensor, " chosen"]) -> Iterator[AddressedCodes]:
+        (site,) = self.harvest.sites
+        for batches in self.harvest.in_order(chosen):
+            batch = batches[site]
+            with torch.no_grad():
+                codes = self.sae.encode(batch.vectors.to(self.sae.b_dec.device)).to("cpu")
+            labels = known = None
+            if self.labels is not None:
+                labels = self.labels.at(batch.document, batch.position)
+                known = self.labels.known[batch.document, batch.position]
+            self.on_progress(self.harvest.batch_rows)
+            yield AddressedCodes(codes, batch.document, batch.position, labels, known)
+
+
+def page_of_sae(
+    sae: SAE,
+    harvest: Harvest,
+    *,
+    metrics: Mapping[str, float],
+    documents: Sequence[Document] = (),
+    n_features: int = 60,
+    on_progress: Callable[[int], None] = lambda rows_done: None,
+) -> tuple[PageData, FeatureMeasurements]:
+    """The most interesting features of `sae` over the rows of `harvest`, ready for `write_page`.
+
+    Args:
+        harvest: of the SAE's one Site; all of its rows are read.
+        metrics: shown on the first screen, under the names that `Evaluation.metrics` uses.
+        documents: Python modules that the rows were made from; features are then scored against the
+            concepts of their source. Leave it out for any other text.
+    """
+    rows, (site,) = harvest.rows, harvest.sites
+    labels = label_tokens(rows, documents) if documents else None
+    reader = _Reader(sae, harvest, labels, on_progress)
+    measured = measure_features(reader.read(torch.arange(len(rows))))
+    best = measured.concepts.scores().best() if measured.concepts is not None else None
+    concept, score = best if best is not None else (None, None)
+    features = interesting_features(measured.statistics, count=n_features, concept=concept, score=score)
+    unembed = unembedding(harvest.target, sae.d_model)
+    effects = None if unembed is None else logit_effects(sae.W_dec[features].cpu(), unembed)
+    page = build_page_data(
+        measured,
+        features,
+        rows=rows,
+        encode_rows=reader.read,
+        token_text=partial(token_texts, harvest.target.tokenizer),
+        model=harvest.target.name,
+        site=str(site),
+        rule=repr(sae.rule) if not hasattr(sae.rule, "theta") else "Threshold",
+        metrics=metrics,
+        concepts=labels.concepts if labels is not None else (),
+        effects=effects,
+    )
+    return page, measured
+
+
+def unembedding(target: Target, d_model: int) -> Float[Tensor, "vocab d_model"] | None:
+    """What turns the residual stream into logits, with the final norm's weight folded in where there is one.
+
+    None if the model has no output embedding of this width (then nothing can be said about tokens).
+    """
+    model = target.model
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != d_model:
+        return None
+    body = getattr(model, "base_model", model)
+    norms = (getattr(body, name, None) for name in ("norm", "ln_f", "final_layer_norm"))
+    scale = next((norm.weight for norm in norms if norm is not None), torch.ones(d_model))
+    return (weight.detach() * scale.detach()).float().cpu()
+
+
+def sample_rows(rows: TokenRows, n_rows: int, *, seed: int = 0) -> TokenRows:
+    """At most `n_rows` of the rows, drawn without order bias and kept in their order."""
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n_rows]
+    return rows.select(drawn.sort().values)

@@ -1,0 +1,130 @@
+"""Encoding and decoding on the kept entries alone, with gradients that touch nothing else.
+
+A training step needs one dense product, the encoder's. The rest is gathers and sums over the
+`k * n_tokens` entries: `embedding_bag` sums weighted rows without writing the `(nnz, d_model)`
+products, forwards over rows of the codes and backwards over their columns. Equal to `reference`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from saekit.errors import ShapeError
+from saekit.kernels.reference import row_of_entry
+from saekit.kernels.select import Selection
+
+_SUM_MODE = 0  # embedding_bag's code for mode="sum"
+
+
+def encode_entries(x: Tensor, w_enc: Tensor, b_enc: Tensor, selection: Selection) -> Float[Tensor, " nnz"]:
+    """The ReLU of the kept pre-activations, differentiable in `x`, `w_enc` and `b_enc`."""
+    return _EncodeEntries.apply(x, w_enc, b_enc, *selection)
+
+
+def decode_rows(
+    values: Float[Tensor, " nnz"],
+    features: Int[Tensor, " nnz"],
+    row_starts: Int[Tensor, " rows"],
+    w_dec: Float[Tensor, "n_features d_model"],
+) -> Float[Tensor, "n_tokens d_model"]:
+    """`codes.to_dense() @ w_dec`, differentiable in `values` and `w_dec`.
+
+    Raises:
+        ShapeError: if `w_dec` is strided; the sum reads it as one block of rows.
+    """
+    if not w_dec.is_contiguous():
+        raise ShapeError(
+            f"w_dec {tuple(w_dec.shape)} has strides {w_dec.stride()}, but decoding needs whole rows in memory; "
+            "store it as (n_features, d_model), or pass w_dec.contiguous()"
+        )
+    return _DecodeRows.apply(values, features, row_starts, w_dec)
+
+
+def _weighted_rows(rows: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+    """`out[b]` = sum of `weights[i] * table[rows[i]]` over the slice of bag `b`."""
+    if len(rows) == 0:  # embedding_bag reads the first entry even when there is none
+        return table.new_zeros(len(starts) - 1, table.shape[1])
+    return embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=weights)
+
+
+def _dots(left: Tensor, right: Tensor, right_rows: Tensor, row_starts: Tensor) -> Tensor:
+    """`left[t] . right[right_rows[i]]` for every entry `i` of row `t`: embedding_bag's own gradient for its weights.
+
+    Asking autograd for it would repeat the forward sum first, so the operation is called by name.
+    """
+    if len(right_rows) == 0:
+        return left.new_empty(0)
+    tokens = row_of_entry(row_starts, len(right_rows))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left, right, right_rows, row_starts[:-1], tokens, _SUM_MODE
+    )
+
+
+def _columns(features: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """Order of the entries by feature, and where each feature's entries begin."""
+    if features.device.type == "cpu":
+        # numpy sorts 16-bit keys by radix, some hundred times faster than torch sorts int64
+        keys = features.numpy().astype(np.uint16 if n_features <= 1 << 16 else np.uint32)
+        order = torch.from_numpy(np.argsort(keys, kind="stable"))
+    else:
+        order = features.argsort(stable=True)
+    starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
+    torch.cumsum(torch.bincount(features, minlength=n_features), 0, out=starts[1:])
+    return order, starts
+
+
+def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, n_features: int) -> Tensor:
+    """`out[f]` = sum of `grad[i] * x[tokens[i]]` over the entries of feature `f`."""
+    order, starts = _columns(features, n_features)
+    return _weighted_rows(tokens[order], grad[order], starts, x)
+
+
+class _EncodeEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, scores: Tensor, features: Tensor, row_starts: Tensor
+    ):
+        values = scores.relu()
+        ctx.save_for_backward(x, w_enc, values, features, row_starts)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        x, w_enc, values, features, row_starts = ctx.saved_tensors
+        grad = grad * (values > 0)
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        grad_x = grad_w = grad_b = None
+        if need_x:
+            grad_x = _weighted_rows(features, grad, row_starts, w_enc)
+        if need_w:
+            tokens = row_of_entry(row_starts, len(features))
+            grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), len(w_enc))
+        if need_b:
+            grad_b = grad.new_zeros(len(w_enc)).index_add_(0, features, grad)
+        return grad_x, grad_w, grad_b, None, None, None
+
+
+class _DecodeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, features: Tensor, row_starts: Tensor, w_dec: Tensor):
+        ctx.save_for_backward(values, features, row_starts, w_dec)
+        return _weighted_rows(features, values, row_starts, w_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        values, features, row_starts, w_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_values = _dots(grad, w_dec, features, row_starts)
+        if ctx.needs_input_grad[3]:
+            tokens = row_of_entry(row_starts, len(features))
+            grad_w = _weight_gradient(values, tokens, features, grad, len(w_dec))
+        return grad_values, None, None, grad_w

@@ -1,0 +1,101 @@
+"""Thresholds that keep on single tokens what a batch rule keeps on a batch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from saekit.errors import SaekitError
+from saekit.sae import SAE, SAEConfig
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+from saekit.training.calibrate import calibrate
+
+D_MODEL, N_FEATURES, K = 12, 40, 4
+UNIFORM, ZIPF = FeatureChoice(K), FeatureChoice(K, exponent=1.0, offset=2.0)
+RULES = [MutualChoice(K), UNIFORM, ZIPF]
+
+
+def sae_with(rule: SelectionRule, *, equal_norms: bool = False) -> SAE:
+    sae = SAE(D_MODEL, N_FEATURES, rule, cfg=SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, equal_norms=equal_norms))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        sae.encoder.mul_(torch.rand(N_FEATURES, 1, generator=generator) + 0.5)
+        sae.b_enc.copy_(torch.randn(N_FEATURES, generator=generator) / 4)
+        sae.b_dec.copy_(torch.randn(D_MODEL, generator=generator))
+    return sae
+
+
+def vectors(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, D_MODEL, generator=generator) * torch.linspace(0.5, 3, D_MODEL) + 1
+
+
+def active_per_token(sae: SAE, x: Tensor) -> float:
+    with torch.no_grad():
+        return float(sae.encode(x).l0().double().mean())
+
+
+@pytest.mark.parametrize("equal_norms", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_on_its_own_pool_the_threshold_keeps_exactly_what_the_rule_keeps(rule, equal_norms):
+    sae, pool = sae_with(rule, equal_norms=equal_norms), vectors(3000, 0)
+    threshold = calibrate(sae, pool)
+    if rule is ZIPF:  # without ranks of its own, the rule is given those of a competition of all with all
+        rule = FeatureChoice(K, exponent=1.0, offset=2.0, ranks=ranks_in_competition(sae, pool))
+    with torch.no_grad():
+        wanted, got = sae.with_rule(rule).encode(pool).active(), sae.with_rule(threshold).encode(pool)
+    assert torch.equal(got.row_starts, wanted.row_starts)
+    assert torch.equal(got.features, wanted.features)
+    torch.testing.assert_close(got.values, wanted.values)
+    assert not threshold.looks_across_tokens
+
+
+def ranks_in_competition(sae: SAE, pool: Tensor) -> Tensor:
+    with torch.no_grad():
+        counts = sae.with_rule(MutualChoice(K)).encode(pool).feature_counts()
+    order = counts.argsort(descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(N_FEATURES))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_unseen_tokens_get_k_features_on_average_one_by_one(rule):
+    sae = sae_with(rule)
+    served = sae.with_rule(calibrate(sae, vectors(40_000, 0)))
+    unseen = vectors(20_000, 1)
+    together = active_per_token(served, unseen)
+    assert together == pytest.approx(K, rel=0.02)
+    with torch.no_grad():
+        for row in range(5):
+            alone = served.encode(unseen[row : row + 1])
+            assert torch.equal(alone.features, served.encode(unseen[:5]).select(torch.tensor([row])).features)
+
+
+def test_mutual_choice_has_one_cut_for_all_and_feature_choice_one_each():
+    pool = vectors(2000, 0)
+    assert len(torch.as_tensor(calibrate(sae_with(MutualChoice(K)), pool).theta).unique()) == 1
+    assert len(torch.as_tensor(calibrate(sae_with(UNIFORM), pool).theta).unique()) == N_FEATURES
+
+
+def test_feature_choice_keeps_its_ranks_where_it_has_them():
+    pool = vectors(2000, 0)
+    ranks = torch.arange(N_FEATURES).flip(0)
+    sae = sae_with(FeatureChoice(K, exponent=1.0, ranks=ranks))
+    with torch.no_grad():
+        counts = sae.with_rule(calibrate(sae, pool)).encode(pool).feature_counts()
+    budgets = FeatureChoice(K, exponent=1.0).budgets(2000, N_FEATURES)[ranks]
+    positive = (sae.centre(pool)[0] @ sae.W_enc + sae.b_enc.detach() > 0).sum(0)
+    assert torch.equal(counts, torch.minimum(budgets, positive))
+
+
+def test_calibration_leaves_the_sae_as_it_was():
+    sae, pool = sae_with(ZIPF), vectors(500, 0)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    threshold = calibrate(sae, pool)
+    assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
+    assert sae.rule is ZIPF
+    assert not torch.as_tensor(threshold.theta).requires_grad
+
+
+@pytest.mark.parametrize("rule", [TopK(K), Threshold(0.5)], ids=["TopK", "Threshold"])
+def test_a_rule_that_decides_token_by_token_is_refused(rule):
+    with pytest.raises(SaekitError, match=rf"{type(rule).__name__} decides token by token already; only Mutual"):
+        calibrate(sae_with(rule), vectors(100, 0))

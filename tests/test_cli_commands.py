@@ -1,0 +1,195 @@
+"""The commands that do the work, in process, on a tiny model in a temporary folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saekit.activations.text import Document
+from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
+from saekit_cli.main import main
+
+WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
+METRICS = {
+    "fvu", "explained_variance", "l0", "l0_p5", "l0_p95", "dead_fraction", "underused_fraction", "ce_clean", "ce_sae",
+    "ce_zero", "ce_mean", "ce_recovered", "ce_recovered_mean", "kl",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model that has learnt a little, its tokenizer, and a text that fits them."""
+    folder = tmp_path_factory.mktemp("cli")
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(WORDS), (6000,), generator=generator).tolist()
+    text = " ".join(WORDS[i] for i in picks)
+    (folder / "text.txt").write_text(text)
+    tokenizer = train_tokenizer([Document("text", text)], 280, 32)
+    config = PretrainConfig(
+        vocabulary=280,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        d_mlp=32,
+        context=32,
+        tokens=64,
+        batch_tokens=64,
+    )
+    model = build_model(config, tokenizer.bos_token_id)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(60):
+        start = 128 * (step % 20)
+        rows = ids[start : start + 128].view(4, 32)
+        logits = model(input_ids=rows).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def train_arguments(place: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "train", str(place / "model"), str(place / "text.txt"), "--site", "layers.1", "--k", "4", "--features", "64",
+        "--tokens", "4096", "--batch-tokens", "256", "--held-out-rows", "20", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def facts_of(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rule", ["topk", "mutual", "feature"])
+def test_train_then_eval_then_export_agree_about_the_same_sae(place, tmp_path, capsys, rule):
+    out = tmp_path / "sae"
+    assert main(train_arguments(place, out, "--rule", rule, "--json")) == 0
+    trained = facts_of(capsys)
+    assert trained.keys() >= METRICS
+    assert main(["eval", str(out), "--json"]) == 0
+    evaluated = facts_of(capsys)
+    assert {name: evaluated[name] for name in METRICS} == {name: trained[name] for name in METRICS}
+    page = tmp_path / "page.html"
+    assert main(["export", str(out), "--out", str(page), "--features", "5", "--tokens", "2000", "--json"]) == 0
+    exported = facts_of(capsys)
+    assert exported["features_shown"] == 5
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(place, tmp_path, capsys):
+    weights = []
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert main(train_arguments(place, tmp_path / name, "--seed", seed)) == 0
+        weights.append(load_file(tmp_path / name / "sae_weights.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0]["W_enc"], weights[2]["W_enc"])
+
+
+def test_several_sites_give_a_folder_each_from_one_run(place, tmp_path, capsys):
+    arguments = train_arguments(place, tmp_path / "saes", "--json")
+    at = arguments.index("--site")
+    arguments = [*arguments[: at + 1], "layers.0", "blocks.1.hook_resid_post", *arguments[at + 2 :]]
+    assert main(arguments) == 0
+    facts = facts_of(capsys)
+    assert len(facts["saes"]) == 2
+    assert all((Path(fact["sae"]) / "cfg.json").exists() for fact in facts["saes"])
+
+
+def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "sae", "--dry-run", "--json")) == 0
+    facts = facts_of(capsys)
+    assert facts["weights_mb"] == pytest.approx(2 * 64 * 17 * 4 / 1e6, abs=0.1)
+    assert not (tmp_path / "sae").exists()
+
+
+def test_flags_win_over_the_config_file(place, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("k: 3\nseed: 5\n")
+    arguments = train_arguments(place, tmp_path / "sae", "--config", str(tmp_path / "run.yaml"))
+    assert main(arguments) == 0
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert (config["k"], config["metadata"]["training"]["seed"]) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--site", "layers.9"], "no submodule named 'layers.9'; closest"),
+        (["--site", "layers.1:up"], "layers.1:up"),
+        (["--k", "64"], "k=64 on 64 features would keep everything; choose k below the number of features"),
+        (["--k", "0"], "give at least 1"),
+        (["--tokens", "10"], "raise tokens, or lower batch_tokens"),
+        (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
+        (["--held-out-rows", "100000"], "fewer held-out rows"),
+        (["--rule", "feature", "--features", "2000"], "use a batch of at least 500 tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, capsys, change, message):
+    assert main(train_arguments(place, tmp_path / "sae", *change)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("Error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{place}/nowhere", "{place}/text.txt"], "no model folder at"),
+        (["train", "{place}/model", "{place}/nothing.txt"], "no text at"),
+        (["train", "{place}/model", "owner/no-such-data"], "cannot read data set 'owner/no-such-data'"),
+        (["eval", "{place}/nowhere"], "no SAE in"),
+        (["eval", "{place}/model"], "no SAE in"),
+        (["export", "{place}/nowhere"], "no SAE in"),
+        (["pretrain", "{place}/new", "--resume"], "nothing to resume"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:1]),
+)
+def test_what_is_not_there_is_one_line_that_says_what_to_give(place, capsys, arguments, message):
+    before = sorted(place.rglob("*"))
+    assert main([argument.format(place=place) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_training(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(train_arguments(place, tmp_path / "file" / "sae")) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "cannot write" in said[-1]
+    assert not any(line.startswith("training") for line in said)
+
+
+def test_a_truncated_sae_is_refused(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "sae")) == 0
+    weights = tmp_path / "sae" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "sae")]) == 1
+    assert "is damaged or cut short" in capsys.readouterr().err
+
+
+def test_an_sae_of_another_width_is_refused_by_name_and_size(place, tmp_path, capsys):
+    import saekit
+
+    sae = saekit.SAE(24, 48, saekit.TopK(2))
+    sae.save(tmp_path / "sae")
+    code = main(
+        [
+            "eval",
+            str(tmp_path / "sae"),
+            "--model",
+            str(place / "model"),
+            "--text",
+            str(place / "text.txt"),
+            "--site",
+            "layers.1",
+        ]
+    )
+    assert code == 1
+    assert "encodes rows of 24 numbers, got" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""The losses against dense autograd, and what their gradients must and must not reach."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from saekit.codes import SparseCodes
+from saekit.density import RunningDensity, ZipfFit, expected_density, zipf_fit
+from saekit.kernels import select
+from saekit.losses import aux_k_loss, aux_zipf_loss, explain_residual, fvu, normalised_mse, revivable, summed_mse
+from saekit.sae import SAE, SAEConfig
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+
+D_MODEL, N_FEATURES, N_TOKENS = 5, 12, 8
+MEMBERS = torch.tensor([1, 4, 5, 9])
+RULES = [TopK(3), MutualChoice(3), FeatureChoice(3, exponent=0.8), Threshold(0.5), Threshold(1e9)]
+
+
+def random_sae(rule: SelectionRule = RULES[0], *, equal_norms: bool = False) -> SAE:
+    generator = torch.Generator().manual_seed(0)
+    cfg = SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, equal_norms=equal_norms)
+    sae = SAE(D_MODEL, N_FEATURES, rule, cfg=cfg).double()
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    return sae
+
+
+def inputs(n_tokens: int = N_TOKENS) -> Tensor:
+    return torch.randn(n_tokens, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def member_mask(members: Tensor = MEMBERS) -> Tensor:
+    return torch.zeros(N_FEATURES, dtype=torch.bool).index_fill_(0, members, True)
+
+
+def dense_aux(sae: SAE, x: Tensor, codes: SparseCodes, members: Tensor, k_aux: int) -> tuple[Tensor, Tensor]:
+    """The auxiliary loss on dense matrices, and which (token, feature) pairs contribute to it."""
+    kept = codes.to_dense().detach()
+    residual = (x - kept @ sae.decoder - sae.b_dec).detach()
+    u = (x - sae.b_dec).detach()
+    unit = u.square().mean(1, keepdim=True).sqrt() if sae.cfg.equal_norms else torch.ones_like(u[:, :1])
+    pre_acts = u / unit @ sae.encoder.T + sae.b_enc
+    place = pre_acts.detach().masked_fill(~members, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
+    chosen = (place < min(k_aux, int(members.sum()))) & (kept == 0)
+    values = (pre_acts * chosen).relu() * unit
+    error = (residual - values @ sae.decoder).square().sum()
+    spread = (residual - residual.mean(0)).square().sum()
+    return min(1.0, int(members.sum()) / k_aux) * error / spread, values > 0
+
+
+def gradients(loss: Tensor, sae: SAE) -> dict[str, Tensor | None]:
+    names, weights = zip(*sae.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, weights, allow_unused=True), strict=True))
+
+
+def density_with(tokens_since_fired: Tensor, share: Tensor | None = None) -> RunningDensity:
+    """Densities as they stand after long training."""
+    share = torch.where(tokens_since_fired > 0, 0.0, 0.25).double() if share is None else share
+    return RunningDensity(average=share, tokens_since_fired=tokens_since_fired, weight=1.0, horizon=1e6)
+
+
+DEAD = density_with(member_mask() * 1000)
+
+
+def test_fvu_is_zero_for_a_perfect_and_one_for_the_mean_reconstruction():
+    x = inputs() + 3
+    assert float(fvu(x, x)) == 0
+    assert float(fvu(x, x.mean(0).expand_as(x))) == pytest.approx(1)
+    halfway = (x + x.mean(0)) / 2
+    assert float(fvu(x, halfway)) == pytest.approx(0.25)
+    assert float(fvu(x * 7, halfway * 7)) == pytest.approx(0.25)
+
+
+def test_normalised_and_summed_mse():
+    x, x_hat = torch.tensor([[3.0, 4.0], [10.0, 0.0]]), torch.tensor([[3.0, 3.0], [10.0, 2.0]])
+    assert float(normalised_mse(x, x_hat)) == pytest.approx((1 / 25 + 4 / 100) / 2)
+    assert float(summed_mse(x, x_hat)) == pytest.approx((1 + 4) / 2)
+
+
+@pytest.mark.parametrize("loss", [fvu, normalised_mse, summed_mse])
+def test_gradients_of_reconstruction_losses(loss):
+    x = inputs().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (x, (inputs() * 0.5 + 0.1).detach().requires_grad_()))
+
+
+@pytest.mark.parametrize("equal_norms", [False, True], ids=["own norms", "equal norms"])
+@pytest.mark.parametrize("k_aux", [1, 3, 4, 10])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, equal_norms):
+    sae, x = random_sae(rule, equal_norms=equal_norms), inputs()
+    codes = sae.encode(x)
+    got = aux_k_loss(sae, x, codes, density=DEAD, k_aux=k_aux, dead_after=999)
+    want, contributes = dense_aux(sae, x, codes, member_mask(), k_aux)
+    torch.testing.assert_close(got, want)
+    ours, theirs = gradients(got, sae), gradients(want, sae)
+    for name in ("encoder", "decoder", "b_enc"):
+        torch.testing.assert_close(ours[name], theirs[name])
+        assert ours[name].any() == contributes.any()
+
+
+@pytest.mark.parametrize("equal_norms", [False, True], ids=["own norms", "equal norms"])
+@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
+def test_an_auxiliary_loss_reaches_encoder_and_decoder_of_what_it_revives_and_nothing_else(loss, equal_norms):
+    sae, x = random_sae(equal_norms=equal_norms), inputs().requires_grad_()
+    codes = sae.encode(x)
+    value = loss(sae, x, codes, density=DEAD, k_aux=2, dead_after=999)
+    _, contributes = dense_aux(sae, x, codes, member_mask(), 2)
+    revived = contributes.any(0)
+    assert revived.sum() >= 2 and not revived[~member_mask()].any()
+    reached = gradients(value, sae)
+    for name in ("encoder", "decoder"):
+        assert torch.equal(reached[name].ne(0).all(1), revived), name
+        assert torch.equal(reached[name].ne(0).any(1), revived), name
+    assert torch.equal(reached["b_enc"].ne(0), revived)
+    assert reached["b_dec"] is None
+    # the residual and the input are constants: nothing flows back into what made them
+    assert torch.autograd.grad(value, [x, codes.values], allow_unused=True) == (None, None)
+
+
+def test_a_step_along_the_gradient_explains_more_of_the_residual():
+    sae, x = random_sae(), inputs()
+    codes = sae.encode(x)
+    before = explain_residual(sae, x, codes, members=member_mask(), k_aux=4)
+    before.backward()
+    with torch.no_grad():
+        for name in ("encoder", "decoder"):
+            weight = getattr(sae, name)
+            weight[MEMBERS] -= 0.05 * weight.grad[MEMBERS]
+    assert explain_residual(sae, x, codes, members=member_mask(), k_aux=4) < before
+
+
+def test_the_loss_is_one_for_a_useless_explanation_and_shrinks_with_the_share_of_k_aux_there_is():
+    sae, x = random_sae(), inputs()
+    codes = sae.encode(x)
+    with torch.no_grad():
+        # a residual of mean zero, and members that are silent
+        sae.b_dec += (x - sae(x)).mean(0)
+        sae.b_enc[MEMBERS] = -1e3
+        codes = sae.encode(x)
+        sae.b_dec += (x - sae.decode(codes)).mean(0)
+        x = x + (sae.decode(codes) - x).mean(0)
+    for k_aux, share in ((1, 1.0), (4, 1.0), (8, 0.5), (40, 0.1)):
+        got = explain_residual(sae, x, codes, members=member_mask(), k_aux=k_aux)
+        assert got.item() == pytest.approx(share)
+
+
+@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
+def test_with_nobody_to_revive_the_loss_is_zero_and_sends_no_gradient(loss):
+    sae, x = random_sae(), inputs()
+    alive = density_with(torch.zeros(N_FEATURES, dtype=torch.int64))
+    value = loss(sae, x, sae.encode(x), density=alive, k_aux=2, dead_after=999)
+    assert value.shape == () and value.item() == 0 and not value.requires_grad
+
+
+def test_a_member_that_the_codes_use_on_a_token_is_not_used_there_again():
+    sae, x = random_sae(MutualChoice(8)), inputs()
+    codes = sae.encode(x)
+    used = codes.to_dense() > 0
+    assert used[:, MEMBERS].any()
+    members = used.any(0)
+    value = explain_residual(sae, x, codes, members=members, k_aux=N_FEATURES)
+    want, contributes = dense_aux(sae, x, codes, members, N_FEATURES)
+    assert not (contributes & used).any()
+    torch.testing.assert_close(value, want)
+
+
+@pytest.mark.parametrize("case", ["one token", "nothing left over"])
+def test_where_there_is_nothing_to_explain_loss_and_gradients_are_zero_not_nan(case):
+    sae = random_sae()
+    x = inputs(1) if case == "one token" else inputs()
+    codes = sae.encode(x)
+    if case == "nothing left over":
+        x = sae.decode(codes).detach()
+    value = explain_residual(sae, x, codes, members=member_mask(), k_aux=4)
+    assert value.item() == 0
+    for gradient in gradients(value, sae).values():
+        assert gradient is None or not gradient.any()  # nan counts as any
+
+
+@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
+def test_measuring_an_auxiliary_loss_changes_nothing(loss):
+    sae, x = random_sae(), inputs()
+    density = density_with(member_mask() * 1000)
+    before = [t.clone() for t in (*sae.state_dict().values(), density.average, density.tokens_since_fired)]
+    loss(sae, x, sae.encode(x), density=density, k_aux=2, dead_after=999).backward()
+    after = [*sae.state_dict().values(), density.average, density.tokens_since_fired]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_auxiliary_loss_works_in_blocks(monkeypatch):
+    sae, x = random_sae(TopK(3), equal_norms=True), inputs(50)
+    codes = sae.encode(x)
+    whole = explain_residual(sae, x, codes, members=member_mask(), k_aux=2)
+    monkeypatch.setattr(select, "BLOCK_ELEMENTS", 8)
+    torch.testing.assert_close(explain_residual(sae, x, codes, members=member_mask(), k_aux=2), whole)
+
+
+def zipf_densities(n_features: int = 400) -> Tensor:
+    return ZipfFit(exponent=0.9, offset=2.0, scale=0.4).expected(n_features)
+
+
+def revived(share: Tensor, *, since: Tensor | None = None, **options: float) -> list[int]:
+    since = torch.zeros(len(share), dtype=torch.int64) if since is None else since
+    options = {"below": 0.5, "least_count": 10.0} | options
+    return revivable(density_with(since, share), dead_after=999, **options).nonzero()[:, 0].tolist()
+
+
+def test_dead_and_under_used_features_are_revived():
+    share = zipf_densities()
+    share[350:380] *= 0.8
+    share[380:] *= 0.2
+    since = torch.zeros(400, dtype=torch.int64)
+    since[[7, 360]] = 1000
+    assert revived(share, since=since) == [7, 360, *range(380, 400)]
+    assert revived(share, since=since, below=0.9) == [7, *range(350, 400)]
+    assert revived(share, since=since, below=0.0) == [7, 360]
+
+
+def test_where_the_line_expects_too_few_firings_to_tell_only_the_dead_test_counts():
+    share = zipf_densities()
+    share[380:] *= 0.2
+    expected = float(zipf_densities()[389]) * 1e6
+    assert revived(share) == list(range(380, 400))
+    assert 385 <= revived(share, least_count=expected)[-1] <= 394
+
+
+def test_at_most_half_is_revived_the_furthest_under_the_line_first():
+    share = zipf_densities()
+    share[150:] *= torch.linspace(0.3, 0.01, 250).double()
+    since = torch.zeros(400, dtype=torch.int64)
+    since[:3] = 1000
+    found = revived(share, since=since, below=0.9)
+    assert len(found) == 200
+    assert found[:3] == [0, 1, 2]  # the dead before all others
+    under = share / expected_density(share, zipf_fit(share))
+    left_out = sorted(set(range(400)) - set(found))
+    assert (under < 0.9).sum() > 200
+    assert under[found[3:]].max() <= under[left_out].min()
+
+
+@pytest.mark.parametrize("k_aux", [2, 6])
+def test_aux_zipf_loss_with_nobody_under_used_is_aux_k_loss(k_aux):
+    sae, x = random_sae(), inputs()
+    codes = sae.encode(x)
+    share = zipf_densities(N_FEATURES)
+    share[7:] *= 0.01
+    density = density_with(member_mask() * 1000, share)
+    arguments = {"density": density, "k_aux": k_aux, "dead_after": 999}
+    aux_k = aux_k_loss(sae, x, codes, **arguments)
+    aux_zipf = aux_zipf_loss(sae, x, codes, below=0.0, **arguments)
+    assert torch.equal(aux_zipf, aux_k)
+    ours, theirs = gradients(aux_zipf, sae), gradients(aux_k, sae)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("encoder", "decoder", "b_enc"))
+    assert not torch.equal(aux_zipf_loss(sae, x, codes, below=0.5, **arguments), aux_k)
