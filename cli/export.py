@@ -67,7 +67,7 @@ def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: in
         page, measured = page_of_sae(
             opened.sae,
             harvest,
-            metrics={name: float(value) for name, value in opened.sae.cfg.metadata.get("evaluation", {}).items()},
+            metrics=opened.sae.cfg.metadata.get("evaluation", {}),
             documents=documents if is_python else (),
             n_features=n_features,
             on_progress=lambda done: progress.to(min(progress.done + done, len(rows))),
@@ -77,7 +77,7 @@ def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: in
     return {
         "page": str(out),
         "features_shown": len(page.features),
-        "tokens": statistics.n_tokens,
-        "never_fired": int((statistics.active == 0).sum()),
+        "page_tokens": statistics.n_tokens,
+        "page_never_fired": int((statistics.active == 0).sum()),
         "megabytes": round(out.stat().st_size / 1e6, 2),
     }

@@ -44,7 +44,7 @@ class Train:
     """Width of the dictionary."""
     tokens: int = 1_000_000
     """Length of training; a shorter text is read more than once."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     """Tokens per step."""
     learning_rate: float | None = None
     """Peak learning rate; derived from the width if not given."""
@@ -57,7 +57,7 @@ class Train:
     row_bos: Literal["yes", "no"] = "yes"
     """Whether every row of tokens opens with BOS; "no" cuts the text as it flows."""
     held_out_rows: int = 160
-    """Rows that training does not see, for evaluation."""
+    """Rows at the end of the text that training does not see; of stdlib, whole modules are held out instead."""
     max_documents: int | None = None
     """Read no more documents than this; a data set on the Hub may have no end."""
     seed: int = 0

@@ -78,6 +78,7 @@ def save(folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     with written_whole(folder) as beside:
         (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / WEIGHTS_FILE)
+        (beside / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
 
 
 def check_writable(folder: Path) -> None:

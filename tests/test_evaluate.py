@@ -120,7 +120,7 @@ def test_underused_features_fire_under_half_as_often_as_their_rank_expects(rows,
     sae = sae_of(64)
     with torch.no_grad():
         sae.b_enc[40:] -= 3.0
-    found = evaluate(sae, target, rows, SITE, language=False)
+    found = evaluate(sae, target, rows, SITE, loss_rows=0)
     ranked = found.density.sort(descending=True).values.tolist()
     line = [min(1.0, found.zipf.scale * (r + found.zipf.offset) ** -found.zipf.exponent) for r in range(1, 65)]
     behind = [0 < here < 0.5 * expected for here, expected in zip(ranked, line, strict=True)]
@@ -193,19 +193,19 @@ def test_a_batch_of_masked_tokens_alone_is_passed_over(rows, target, rule):
     assert found.tokens == int(((ids != BOS) & (ids != PAD)).sum())
 
 
-def test_without_language_there_are_no_cross_entropies(rows, target):
-    found = evaluate(sae_of(), target, rows, SITE, language=False)
+def test_without_loss_rows_there_are_no_cross_entropies(rows, target):
+    found = evaluate(sae_of(), target, rows, SITE, loss_rows=0)
     assert found.predicted == 0
     assert found.ce_clean is found.ce_recovered is found.kl is None
     assert "ce_clean" not in found.metrics() and "fvu" in found.metrics()
     assert all(isinstance(value, int | float) for value in found.metrics().values())
 
 
-@pytest.mark.parametrize("language, rounds", [(False, 1), (True, 2)])
-def test_progress_counts_every_row_of_every_round(rows, target, language, rounds):
+@pytest.mark.parametrize("loss_rows", [0, 2, None])
+def test_progress_counts_every_row_of_every_round(rows, target, loss_rows):
     done = []
-    evaluate(sae_of(), target, rows, SITE, language=language, batch_rows=3, on_progress=done.append)
-    assert sum(done) == rounds * len(rows)
+    evaluate(sae_of(), target, rows, SITE, loss_rows=loss_rows, batch_rows=3, on_progress=done.append)
+    assert sum(done) == len(rows) + (len(rows) if loss_rows is None else loss_rows)
 
 
 def test_evaluation_changes_neither_sae_nor_model(rows, target):

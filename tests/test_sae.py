@@ -140,9 +140,9 @@ def test_a_token_equal_to_the_pre_bias_is_finite_under_equal_norms():
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**16), factor=st.integers(0, 8))
 def test_decode_is_linear_in_values_and_depends_on_nothing_else(seed, factor):
-    sae = random_sae(TopK(3), seed=seed)
-    codes = sae.encode(inputs(seed=seed))
-    sae.encode(inputs(3, seed=seed + 1))
+    sae = random_sae(TopK(3), seed=seed).double()
+    codes = sae.encode(inputs(seed=seed).double())
+    sae.encode(inputs(3, seed=seed + 1).double())
     bias = sae.b_dec
     torch.testing.assert_close(
         sae.decode(codes.with_values(codes.values * factor)) - bias, (sae.decode(codes) - bias) * factor

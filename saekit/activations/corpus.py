@@ -41,9 +41,9 @@ def load_corpus(
 ) -> Corpus:
     """Read, tokenise and divide a text.
 
-    The standard library is divided by whole modules, as it was for training the bundled model, and
-    `held_out_rows` rows are drawn from the modules set aside (drawn once and for all: no seed). Any
-    other text gives up its last `held_out_rows` rows.
+    The standard library is divided by whole modules, as it was for training the bundled model; the rows
+    of the modules set aside come in an order drawn once and for all, so that the first few are a fair
+    sample. Any other text gives up its last `held_out_rows` rows.
 
     Raises:
         DataError: if nothing is left to train on.
@@ -53,8 +53,8 @@ def load_corpus(
         train_documents, held_out_documents = split_documents(documents)
         train = tokenize_documents(train_documents, tokenizer, context=context, row_bos=row_bos)
         held_out = tokenize_documents(held_out_documents, tokenizer, context=context, row_bos=row_bos)
-        drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:held_out_rows]
-        return Corpus(train, held_out.select(drawn.sort().values), tuple(train_documents), tuple(held_out_documents))
+        drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
+        return Corpus(train, held_out.select(drawn), tuple(train_documents), tuple(held_out_documents))
     rows = tokenize_documents(documents, tokenizer, context=context, row_bos=row_bos)
     n_train = len(rows) - held_out_rows
     if n_train < 1:

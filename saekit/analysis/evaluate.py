@@ -81,15 +81,16 @@ def evaluate(
     *,
     mask: MaskPolicy = MaskPolicy(),
     batch_rows: int = 16,
-    language: bool = True,
+    loss_rows: int | None = None,
     on_progress: Callable[[int], None] = lambda rows_done: None,
 ) -> Evaluation:
     """Measure `sae` on `rows`, which training should not have seen.
 
     Args:
-        language: also measure cross-entropies; the target's output must then be next-token logits.
-        on_progress: called with the number of rows done since the last call; every row counts twice
-            when `language` is on.
+        loss_rows: measure cross-entropies on this many rows, the first ones; all if None, none if 0. The
+            target's output must be next-token logits if there are any.
+        on_progress: called with the number of rows done since the last call; `len(rows)` in all, and
+            `loss_rows` more.
 
     Raises:
         DataError: if every token is masked.
@@ -104,11 +105,10 @@ def evaluate(
         raise DataError(
             "every token of the text is masked; there is nothing to evaluate; give more text or another mask"
         )
-    losses = {}
-    if language:
-        losses: dict[str, Any] = _language_losses(
-            sae, target, rows, site, mask, reconstruction.mean, batch_rows, on_progress
-        )
+    losses = _NO_LOSSES
+    if loss_rows is None or loss_rows > 0:
+        read = rows.select(slice(loss_rows))
+        losses = _language_losses(sae, target, read, site, mask, reconstruction.mean, batch_rows, on_progress)
     density = reconstruction.density
     fit = zipf_fit(density)
     behind = underused(density, expected_density(density, fit)) & (density > 0)
@@ -122,7 +122,7 @@ def evaluate(
         density=density,
         l0_counts=reconstruction.l0_counts,
         zipf=fit,
-        **(losses or _NO_LOSSES),
+        **losses,
     )
 
 
@@ -205,8 +205,8 @@ def _language_losses(
     mean: Tensor,
     batch_rows: int,
     on_progress: Callable[[int], None],
-) -> dict[str, float | int]:
-    sums: dict[str, float] = {name: 0.0 for name in ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl")}
+) -> dict[str, Any]:
+    sums: dict[str, float] = dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl"), 0.0)
     predicted = 0
     for ids in rows.ids.split(batch_rows):
         following = ids[:, 1:].flatten()

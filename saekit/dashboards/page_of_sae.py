@@ -47,7 +47,7 @@ def page_of_sae(
     sae: SAE,
     harvest: Harvest,
     *,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | int],
     documents: Sequence[Document] = (),
     n_features: int = 60,
     on_progress: Callable[[int], None] = lambda rows_done: None,
@@ -78,7 +78,7 @@ def page_of_sae(
         model=harvest.target.name,
         site=str(site),
         rule=repr(sae.rule) if not hasattr(sae.rule, "theta") else "Threshold",
-        metrics=metrics,
+        metrics={name: float(value) for name, value in metrics.items()},
         concepts=labels.concepts if labels is not None else (),
         effects=effects,
     )

@@ -213,7 +213,9 @@ def _metric_columns(metrics: Mapping[str, float]) -> list[list[tuple[str, list[_
 
 
 def _number(value: float, digits: int = 4) -> str:
-    return f"{value:.{digits}g}" if math.isfinite(value) else "–"
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def _captions(page: PageData) -> dict[str, str]:

@@ -41,7 +41,7 @@ class TrainConfig:
     rule: SelectionRule
     n_features: int
     tokens: int
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     seed: int = 0
     learning_rate: float | None = None
     warmup: float = 0.05
