@@ -57,8 +57,9 @@ def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: in
     """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it."""
     from saekit.activations.harvest import Harvest
     from saekit.dashboards.page_of_sae import page_of_sae, sample_rows
-    from saekit.dashboards.static_page import write_page
+    from saekit.dashboards.static_page import check_writable, write_page
 
+    check_writable(out)
     rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
     harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
     documents = opened.corpus.train_documents

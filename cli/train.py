@@ -76,8 +76,8 @@ class Train:
         from saekit.targets import Target
 
         target = Target.load(self.model, device=self.device)
-        corpus = read_corpus(self, target)
         configs = train_configs(self, target)
+        corpus = read_corpus(self, target)
         source = harvest_of(self, target, corpus, [config.site for config in configs])
         if self.dry_run:
             facts = estimate(configs, source)

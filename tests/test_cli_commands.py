@@ -165,6 +165,16 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_training(place, tmp
     assert not any(line.startswith("training") for line in said)
 
 
+def test_a_page_that_cannot_be_written_is_found_out_before_reading(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "sae")) == 0
+    (tmp_path / "file").write_text("in the way")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "sae"), "--out", str(tmp_path / "file" / "page.html")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "cannot write" in said[-1]
+    assert not any(line.startswith("reading") for line in said)
+
+
 def test_a_truncated_sae_is_refused(place, tmp_path, capsys):
     assert main(train_arguments(place, tmp_path / "sae")) == 0
     weights = tmp_path / "sae" / "sae_weights.safetensors"

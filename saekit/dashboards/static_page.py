@@ -81,6 +81,24 @@ METRICS: dict[str, Metric] = {
 _SPREAD = ("l0_p5", "l0_p95")
 
 
+def check_writable(path: Path | str) -> None:
+    """Find out before minutes of work, not after, that a page cannot be written.
+
+    Raises:
+        FileError: if there is no right to write there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> FileError:
+    return FileError(f"cannot write {path}: {error.strerror or error}; choose a file in a folder that you may write to")
+
+
 def write_page(path: Path | str, page: PageData) -> Path:
     """Write the file whole or not at all, and return where it is.
 
@@ -99,9 +117,7 @@ def write_page(path: Path | str, page: PageData) -> Path:
         beside.chmod(0o644)  # mkstemp makes it private
         beside.replace(path)
     except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}; choose a file in a folder that you may write to"
-        ) from error
+        raise _not_writable(path, error) from error
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
