@@ -56,7 +56,7 @@ class Eval:
     site: str | None = None
     """Another Site than the one it was trained at."""
     rows: int | None = None
-    """Rows of tokens to read; what training held out, if not given."""
+    """Read no more rows than this of what training held out, or of another text."""
     device: str = "cpu"
     json: bool = False
     """Print all metrics as JSON."""

@@ -1,9 +1,7 @@
 """A saved SAE together with the model and the text that it belongs to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from saekit.activations.corpus import Corpus, load_corpus
 from saekit.activations.mask import MaskPolicy
@@ -37,7 +35,8 @@ def open_sae(
     """Load an SAE, its model and its text.
 
     Args:
-        rows: how many held-out rows; as many as training set aside, or all of another text, if None.
+        rows: how many held-out rows to keep, the first ones; all that training set aside, or all of another
+            text, if None.
 
     Raises:
         SaekitError: if the folder does not say what the SAE belongs to and the caller does not either.
@@ -53,14 +52,14 @@ def open_sae(
     context = sae.cfg.context_size or min(target.context or 256, 256)
     row_bos = recorded.get("row_bos", True)
     if settled["text"] == own_text:
-        held_out_rows = rows or recorded.get("held_out_rows", 160)
+        held_out_rows = recorded.get("held_out_rows", 160)
         corpus = load_corpus(
             settled["text"], target.tokenizer, context=context, held_out_rows=held_out_rows, row_bos=row_bos
         )
     else:
         documents = tuple(read_documents(settled["text"]))
         unseen = tokenize_documents(documents, target.tokenizer, context=context, row_bos=row_bos)
-        unseen = unseen.select(torch.arange(min(len(unseen), rows or len(unseen))))
         corpus = Corpus(train=unseen, held_out=unseen, train_documents=documents, held_out_documents=documents)
+    corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
     mask = MaskPolicy(**recorded.get("mask", {}))
     return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus)

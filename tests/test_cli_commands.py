@@ -81,6 +81,14 @@ def test_train_then_eval_then_export_agree_about_the_same_sae(place, tmp_path, c
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
 
 
+def test_eval_reads_no_more_rows_than_asked_and_none_that_training_saw(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "sae")) == 0
+    capsys.readouterr()
+    for asked, read in (("5", 5), ("100", 20)):
+        assert main(["eval", str(tmp_path / "sae"), "--rows", asked, "--json"]) == 0
+        assert facts_of(capsys)["predicted"] == read * 31
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(place, tmp_path, capsys):
     weights = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
