@@ -111,6 +111,7 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
 
 def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
     """What the flags say, as one config per Site."""
+    from saekit.losses import AuxK, AuxZipf
     from saekit.selection import FeatureChoice, MutualChoice, TopK
     from saekit.targets import Site
     from saekit.training.config import TrainConfig
@@ -132,7 +133,7 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
             batch_tokens=command.batch_tokens,
             seed=command.seed,
             learning_rate=command.learning_rate,
-            auxiliary=command.auxiliary,
+            auxiliary={"zipf": AuxZipf(), "k": AuxK(), "none": None}[command.auxiliary],
             equal_norms=command.equal_norms,
         )
         for site in sites
@@ -153,7 +154,7 @@ def train_and_evaluate(
 ) -> list[dict[str, Any]]:
     """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
     from saekit.checkpoint import check_writable
-    from saekit.sae import with_metadata
+    from saekit.sae_config import with_metadata
     from saekit.training.loop import train
 
     from .evaluate import evaluate_with_progress

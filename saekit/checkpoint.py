@@ -2,20 +2,22 @@
 
 `cfg.json` — a superset of what SAELens (6 and later) writes:
 
-    architecture                "topk" with `k`, or "jumprelu"; "batch_rule" for an SAE not yet calibrated
-    d_in, d_sae                 width of the input, number of features
+    architecture                "topk" with `k`, "jumprelu", "jumprelu_transcoder" or "jumprelu_skip_transcoder";
+                                "saekit" for what SAELens has no name for (a batch rule not yet calibrated)
+    d_in, d_sae                 width of the input, number of features; d_out as well for a transcoder
     dtype, device               of the weights on disk ("float32" or "float16"); "cpu"
-    apply_b_dec_to_input        true: the encoder reads `x - b_dec`
-    normalize_activations       "none": whatever scaling training used is folded into the biases
+    apply_b_dec_to_input        true: the encoder reads `x - b_dec`; false for a transcoder
+    normalize_activations       "none" (whatever scaling training used is folded into the biases), "layer_norm",
+                                "constant_norm_rescale", or "equal_norms", which only saekit knows
     reshape_activations         "none"
     metadata                    hook_name, model_name, context_size and what else the maker recorded
     saekit.format_version       this number; a folder with a higher one is refused
     saekit.rule                 name and arguments of the rule
-    saekit.equal_norms          whether centred inputs are scaled to one norm (no other tool knows this)
+    saekit.normalisation        name and arguments of what happens to each token before encoding
 
-`sae_weights.safetensors` — `W_enc (d_in, d_sae)`, `b_enc (d_sae,)`, `W_dec (d_sae, d_in)`, `b_dec (d_in,)`
-and, when the rule is a threshold, `threshold (d_sae,)`. `ranks (d_sae,)`, int64, where FeatureChoice has
-given its features places on the curve.
+`sae_weights.safetensors` — `W_enc (d_in, d_sae)`, `b_enc (d_sae,)`, `W_dec (d_sae, d_out)`, `b_dec (d_out,)`
+and, when the rule is a threshold, `threshold (d_sae,)`; `W_skip (d_out, d_in)` where there is a skip
+connection; `ranks (d_sae,)`, int64, where FeatureChoice has given its features places on the curve.
 
 A folder is written beside its place and renamed, so that it is there whole or not at all.
 """
@@ -40,32 +42,51 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
 
+_NORMALISATIONS = {
+    "Plain": "none",
+    "LayerNorm": "layer_norm",
+    "ConstantNorm": "constant_norm_rescale",
+    "EqualNorms": "equal_norms",
+}
+
+
 def describe(
     *,
     rule: Mapping[str, Any],
+    normalisation: Mapping[str, Any],
     d_in: int,
     d_sae: int,
-    hook_name: str,
-    model_name: str,
-    context_size: int | None,
-    equal_norms: bool,
+    d_out: int | None,
+    skip: bool,
+    dtype: str,
+    apply_b_dec_to_input: bool,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The contents of `cfg.json`."""
-    architecture = {"TopK": "topk", "Threshold": "jumprelu"}.get(rule["name"], "batch_rule")
+    is_transcoder = bool(d_out or metadata.get("hook_name_out"))
+    architecture = _architecture(rule, is_transcoder=is_transcoder, skip=skip)
     return {
         "architecture": architecture,
         **({"k": rule["k"]} if architecture == "topk" else {}),
         "d_in": d_in,
         "d_sae": d_sae,
-        "dtype": "float32",
+        **({"d_out": d_out or d_in} if is_transcoder else {}),
+        "dtype": dtype,
         "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
+        "apply_b_dec_to_input": apply_b_dec_to_input,
+        "normalize_activations": _NORMALISATIONS[normalisation["name"]],
         "reshape_activations": "none",
-        "metadata": {"hook_name": hook_name, "model_name": model_name, "context_size": context_size, **metadata},
-        "saekit": {"format_version": FORMAT_VERSION, "rule": dict(rule), "equal_norms": equal_norms},
+        "metadata": dict(metadata),
+        "saekit": {"format_version": FORMAT_VERSION, "rule": dict(rule), "normalisation": dict(normalisation)},
     }
+
+
+def _architecture(rule: Mapping[str, Any], *, is_transcoder: bool, skip: bool) -> str:
+    """SAELens' name for it, if it has one."""
+    if rule["name"] == "Threshold":
+        return f"jumprelu{'_skip' if skip else ''}_transcoder" if is_transcoder else "jumprelu"
+    is_topk = rule["name"] == "TopK" and rule["relu"] and not is_transcoder
+    return "topk" if is_topk else "saekit"
 
 
 def save(folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -116,11 +137,12 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, ValueError, OSError) as error:
         raise FileError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
     d_in, d_sae = config["d_in"], config["d_sae"]
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    d_out = config.get("d_out", d_in)
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     if config["saekit"]["rule"].get("name") == "Threshold":
         expected["threshold"] = (d_sae,)
-    if "ranks" in tensors:
-        expected["ranks"] = (d_sae,)
+    optional = {"ranks": (d_sae,), "W_skip": (d_out, d_in)}
+    expected |= {name: shape for name, shape in optional.items() if name in tensors}
     for name, shape in expected.items():
         if name not in tensors:
             raise FileError(f"{path} has no tensor {name}; expected {', '.join(expected)}; is it another format?")
@@ -152,8 +174,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this saekit reads up to {FORMAT_VERSION}; "
             "upgrade with `pip install -U saekit`"
         )
-    missing = [key for key in ("d_in", "d_sae", "metadata") if key not in config]
-    missing += [f"saekit.{key}" for key in ("rule", "equal_norms") if key not in config["saekit"]]
+    missing = [key for key in ("d_in", "d_sae", "apply_b_dec_to_input", "metadata") if key not in config]
+    missing += [f"saekit.{key}" for key in ("rule", "normalisation") if key not in config["saekit"]]
     if missing:
         raise FileError(f"{path} lacks {', '.join(missing)}; copy or download it again")
     return config

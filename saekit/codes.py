@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.errors import ShapeError
@@ -18,8 +18,9 @@ class SparseCodes:
     MutualChoice alike. A padded `(n_tokens, k)` rectangle keeps its size only under TopK.
 
     Attributes:
-        values: activation strengths, `(nnz,)`, never negative. Zero where ReLU closed a selected entry:
-            it is kept, so that sizes stay known without asking the device, and counts as not active.
+        values: activation strengths, `(nnz,)`. Zero where ReLU closed a selected entry: it is kept, so that
+            sizes stay known without asking the device, and counts as not active. Negative only under a
+            rule without ReLU.
         features: feature index of each value, `(nnz,)`, each in `[0, n_features)`.
         row_starts: `(n_tokens + 1,)`, non-decreasing, from 0 to `nnz`.
         n_features: width of the dictionary.
@@ -79,8 +80,8 @@ class SparseCodes:
         return tokens.repeat_interleave(self.row_starts.diff(), output_size=len(self.values))
 
     def l0(self) -> Int[Tensor, " n_tokens"]:
-        """Active (positive) entries of each token."""
-        active = (self.values > 0).to(torch.int64)
+        """Active (non-zero) entries of each token."""
+        active = (self.values != 0).to(torch.int64)
         return torch.zeros(self.n_tokens, dtype=torch.int64, device=self.device).index_add_(
             0, self.token_of_entry(), active
         )
@@ -88,7 +89,7 @@ class SparseCodes:
     def feature_counts(self) -> Int[Tensor, " n_features"]:
         """On how many tokens each feature is active."""
         counts = torch.zeros(self.n_features, dtype=torch.int64, device=self.device)
-        return counts.index_add_(0, self.features, (self.values > 0).to(torch.int64))
+        return counts.index_add_(0, self.features, (self.values != 0).to(torch.int64))
 
     def to_dense(self) -> Float[Tensor, "n_tokens n_features"]:
         """The matrix; differentiable in `values`."""
@@ -108,15 +109,13 @@ class SparseCodes:
         )
 
     def active(self) -> "SparseCodes":
-        """Only the positive entries. Waits for the device, since their number is not known beforehand."""
-        keep = (self.values > 0).nonzero(as_tuple=True)[0]
-        return SparseCodes.from_pairs(
-            self.token_of_entry()[keep],
-            self.features[keep],
-            self.values[keep],
-            n_tokens=self.n_tokens,
-            n_features=self.n_features,
-        )
+        """Only the active entries. Waits for the device, since their number is not known beforehand."""
+        return self.where(self.values != 0)
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> "SparseCodes":
+        """Only some of the entries, in the same order. Waits for the device, to learn how many."""
+        kept_before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+        return SparseCodes(self.values[kept], self.features[kept], kept_before[self.row_starts], self.n_features)
 
     def select(self, tokens: Int[Tensor, " chosen"]) -> "SparseCodes":
         """The rows of some tokens, in the order given."""
@@ -154,8 +153,6 @@ class SparseCodes:
                 f"features reach from {int(self.features.min())} to {int(self.features.max())}, outside a dictionary "
                 f"of {self.n_features}; were these codes made by a different SAE?"
             )
-        if bool((self.values < 0).any()):
-            raise ShapeError(f"the smallest value is {float(self.values.min())}; activations are never negative")
         return self
 
 

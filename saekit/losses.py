@@ -6,15 +6,20 @@ That `aux_zipf_loss` generalises `aux_k_loss` and serves dead and under-used fea
 arXiv 2411.02124; the formula is our reconstruction.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, dead, expected_density, underused, zipf_fit
+from saekit.errors import SaekitError
 from saekit.kernels.entries import decode_rows, encode_entries
-from saekit.kernels.select import Selection, top_of_rows
+from saekit.kernels.select import Selection, top_of_columns, top_of_rows
 from saekit.sae import SAE
+from saekit.selection import FeatureChoice
 
 
 def fvu(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, ""]:
@@ -35,25 +40,79 @@ def summed_mse(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n_tok
     return (x - x_hat).square().sum(1).mean()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxK:
+    """Which features `aux_k_loss` asks, and how much it counts (Gao et al., arXiv 2406.04093).
+
+    Attributes:
+        weight: of the loss beside the main one.
+        k_aux: features asked per token; None is half of d_model.
+        dead_after: tokens without firing that make a feature dead; None lets the training run decide.
+    """
+
+    weight: float = 1 / 32
+    k_aux: int | None = None
+    dead_after: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxZipf:
+    """Which features `aux_zipf_loss` asks, and how. Every field is a choice of ours: the paper's are not known.
+
+    Attributes:
+        weight: of the loss beside the main one.
+        k_aux: features asked per token; None is half of d_model.
+        dead_after: tokens without firing that make a feature dead; None lets the training run decide.
+        below: share of its expected density under which a feature is under-used. 0 leaves only the dead.
+        curve: what density is expected of a rank: "fitted" is the Zipf line through the densities of this
+            dictionary; a `FeatureChoice` expects its own budgets, divided by the batch.
+        least_count: a feature is judged only if the curve expects that many firings of it within the running
+            average's horizon; fewer would be noise. The dead are judged by `dead_after` alone.
+        most_members: largest share of the dictionary that takes part, those furthest under the curve first,
+            so that the start of a run, when nearly all are under-used, does not ask everybody.
+        shrink: count the loss less where fewer features than `k_aux` take part, so that a few do not dominate.
+        claim: "token": each token takes its `k_aux` strongest members. "feature": each member takes as many
+            of its strongest tokens as its density is behind the curve, at least one.
+    """
+
+    weight: float = 1 / 32
+    k_aux: int | None = None
+    dead_after: int | None = None
+    below: float = 0.5
+    curve: Literal["fitted"] | FeatureChoice = "fitted"
+    least_count: float = 10.0
+    most_members: float = 0.5
+    shrink: bool = True
+    claim: Literal["token", "feature"] = "token"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.below <= 1 and 0 < self.most_members <= 1):
+            raise SaekitError(
+                f"AuxZipf got below={self.below}, most_members={self.most_members}; both are shares: give below from 0 "
+                "to 1, most_members above 0 and up to 1"
+            )
+
+
 def aux_k_loss(
     sae: SAE,
     x: Float[Tensor, "n_tokens d_model"],
     codes: SparseCodes,
     *,
     density: RunningDensity,
-    k_aux: int,
-    dead_after: int,
+    options: AuxK,
+    residual: Float[Tensor, "n_tokens d_out"] | None = None,
 ) -> Float[Tensor, ""]:
     """How badly the `k_aux` strongest dead features of each token explain the error of the live ones.
 
     Args:
-        dead_after: tokens without firing after which a feature is dead.
+        residual: what `codes` left over, if it is known already or the target is not `x`.
 
     Returns:
         squared error over the squared distance of the error from its mean (1 = no better than the
         mean), times the share of `k_aux` that is dead; zero if no feature is dead, or no error left.
     """
-    return explain_residual(sae, x, codes, members=dead(density.tokens_since_fired, after=dead_after), k_aux=k_aux)
+    only_dead = AuxZipf(k_aux=options.k_aux, dead_after=options.dead_after, below=0.0, most_members=1.0)
+    return aux_zipf_loss(sae, x, codes, density=density, options=only_dead, residual=residual)
 
 
 def aux_zipf_loss(
@@ -62,32 +121,64 @@ def aux_zipf_loss(
     codes: SparseCodes,
     *,
     density: RunningDensity,
-    k_aux: int,
-    dead_after: int,
-    below: float = 0.5,
-    least_count: float = 10.0,
+    options: AuxZipf,
+    residual: Float[Tensor, "n_tokens d_out"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`aux_k_loss` with under-used features beside the dead ones.
+    """`aux_k_loss` with under-used features beside the dead ones; see `AuxZipf` for who they are.
 
-    A feature is under-used when its running density is less than `below` times what the Zipf line
-    fitted to all densities expects of its rank, and the line expects at least `least_count` firings
-    within the running average's horizon (fewer would be noise). With `below` = 0 this is `aux_k_loss`.
-    At most half of the dictionary takes part, the features furthest under the line first.
+    With `below=0` and `most_members=1` this is `aux_k_loss`, which is the sense in which it generalises it.
+
+    Args:
+        residual: what `codes` left over, if it is known already or the target is not `x`.
     """
-    members = revivable(density, dead_after=dead_after, below=below, least_count=least_count)
-    return explain_residual(sae, x, codes, members=members, k_aux=k_aux)
+    expected = curve_density(density.density, options.curve)
+    members = revivable(density, expected, options)
+    chosen_from = members.nonzero(as_tuple=True)[0]
+    if len(chosen_from) == 0:
+        return x.new_zeros(())
+    k_aux = options.k_aux or max(1, sae.d_model // 2)
+    prepared, scale = sae.prepare(x.detach())
+    encoder, bias = sae.encoder.detach()[chosen_from], sae.b_enc.detach()[chosen_from]
+    if options.claim == "token":
+        picked = top_of_rows(prepared, encoder, bias, min(k_aux, len(chosen_from)))
+    else:
+        behind = (options.below * expected - density.density)[chosen_from]
+        claims = (behind * len(x)).ceil().clamp(1, len(x)).to(torch.int64)
+        picked = top_of_columns(prepared, encoder, bias, claims)
+    picked = picked._replace(features=chosen_from[picked.features])
+    if residual is None:
+        with torch.no_grad():
+            residual = x - sae.decode(codes, x)
+    unexplained = explain_residual(sae, prepared.detach(), scale, residual.detach(), codes, picked)
+    return unexplained * min(1.0, len(chosen_from) / k_aux) if options.shrink else unexplained
+
+
+def curve_density(
+    density: Float[Tensor, " n_features"], curve: Literal["fitted"] | FeatureChoice
+) -> Float[Tensor, " n_features"]:
+    """The density that the curve expects of each feature, by its rank among `density`."""
+    if not isinstance(curve, FeatureChoice):
+        return expected_density(density, zipf_fit(density))
+    n_tokens = 1 << 24  # so large that rounding to whole tokens does not show
+    by_rank = curve.budgets(n_tokens, len(density)).to(density) / n_tokens
+    return torch.empty_like(density).scatter_(0, density.argsort(descending=True, stable=True), by_rank)
 
 
 def revivable(
-    density: RunningDensity, *, dead_after: int, below: float, least_count: float
+    density: RunningDensity, expected: Float[Tensor, " n_features"], options: AuxZipf
 ) -> Bool[Tensor, " n_features"]:
-    """The features that `aux_zipf_loss` works on."""
+    """The features that `aux_zipf_loss` works on.
+
+    Raises:
+        SaekitError: if the options leave open when a feature is dead.
+    """
+    if options.dead_after is None:
+        raise SaekitError("dead_after is None, which a training run resolves; give a number of tokens here")
     current = density.density
-    expected = expected_density(current, zipf_fit(current))
-    measurable = expected * density.horizon >= least_count
-    is_dead = dead(density.tokens_since_fired, after=dead_after)
-    members = is_dead | (measurable & underused(current, expected, below=below))
-    most = len(current) // 2
+    measurable = expected * density.horizon * density.weight >= options.least_count
+    is_dead = dead(density.tokens_since_fired, after=options.dead_after)
+    members = is_dead | (measurable & underused(current, expected, below=options.below))
+    most = int(options.most_members * len(current))
     if int(members.sum()) <= most:
         return members
     urgency = torch.where(is_dead, -1.0, current / expected.clamp(min=1e-30)).masked_fill(~members, torch.inf)
@@ -96,38 +187,27 @@ def revivable(
 
 def explain_residual(
     sae: SAE,
-    x: Float[Tensor, "n_tokens d_model"],
+    prepared: Float[Tensor, "n_tokens d_model"],
+    scale: Float[Tensor, "n_tokens 1"] | None,
+    residual: Float[Tensor, "n_tokens d_out"],
     codes: SparseCodes,
-    *,
-    members: Bool[Tensor, " n_features"],
-    k_aux: int,
+    picked: Selection,
 ) -> Float[Tensor, ""]:
-    """How badly the strongest `members` explain what `codes` left over; see `aux_k_loss`.
+    """Squared error of the `picked` entries' attempt at the residual, over its squared distance from its mean.
 
-    The residual is a constant; gradients reach the encoder and decoder rows of the members that are
-    chosen, and nothing else. A member that the codes already use on a token is not used there again;
-    its place among the `k_aux` stays empty.
-    Never holds more than `(n_tokens, members)` in blocks.
+    The residual is a constant; gradients reach the encoder and decoder rows of the picked features, and
+    nothing else. An entry that the codes already hold is not used there again; its place stays empty.
     """
-    chosen_from = members.nonzero(as_tuple=True)[0]
-    if len(chosen_from) == 0:
-        return x.new_zeros(())
-    k = min(k_aux, len(chosen_from))
-    with torch.no_grad():
-        residual = x - sae.decode(codes)
-    centred, scale = sae.centre(x.detach())
-    picked = top_of_rows(centred, sae.encoder[chosen_from], sae.b_enc[chosen_from], k)
-    picked = _without_kept(picked._replace(features=chosen_from[picked.features]), codes)
-    values = encode_entries(centred.detach(), sae.encoder, sae.b_enc, picked)
+    picked = _without_kept(picked, codes)
+    values = encode_entries(prepared, sae.encoder, sae.b_enc, picked)
     if scale is not None:
         values = values * scale.detach().flatten().repeat_interleave(picked.row_starts.diff())
     explained = decode_rows(values, picked.features, picked.row_starts, sae.decoder)
     error = (residual - explained).square().sum()
     spread = (residual - residual.mean(0)).square().sum()
-    share = min(1.0, len(chosen_from) / k_aux)
     # nan_to_num would hide a division by zero from the loss, but not from the gradient
     explainable = spread > 0
-    return share * torch.where(explainable, error / spread.masked_fill(~explainable, 1.0), 0.0)
+    return torch.where(explainable, error / spread.masked_fill(~explainable, 1.0), 0.0)
 
 
 def _without_kept(picked: Selection, codes: SparseCodes) -> Selection:
@@ -138,7 +218,7 @@ def _without_kept(picked: Selection, codes: SparseCodes) -> Selection:
     mine = _flat_index(picked.row_starts, picked.features, codes.n_features)
     # codes stand in the order (token, feature), so their flat indices are sorted
     place = torch.searchsorted(kept, mine).clamp(max=len(kept) - 1)
-    taken = (kept[place] == mine) & (codes.values[place] > 0)
+    taken = (kept[place] == mine) & (codes.values[place] != 0)
     return picked._replace(scores=picked.scores.masked_fill(taken, -1.0))
 
 

@@ -7,25 +7,30 @@ in who competes with whom (Ayonrinde, arXiv 2411.02124, calls the first token ch
     FeatureChoice   every feature keeps its m strongest tokens, with m equal or on a Zipf curve
     MutualChoice    the strongest matches of the whole batch are kept
     Threshold       whatever exceeds a fixed cut: for inference, where there is no batch to compete in
+    AbsTopK         every token keeps its k largest in size, of either sign
+    GroupMax        every token keeps the strongest feature of each of k groups
 
 A rule called on dense pre-activations is the definition. `rule.encode` does product and selection in
 one, holds no dense matrix, and gives the same codes. ReLU comes after selection; doing it before gives
 the same codes, since only positive entries survive either way. A selected entry that ReLU closes stays
-in the codes with value zero, so the number of entries is the budget, always.
+in the codes with value zero, so the number of entries is the budget, always. With `relu=False` a rule
+keeps what it selects as it is, negative values included: another model, in which under Feature Choice
+no feature can be dead.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.budgets import smallest_batch, zipf_budgets
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.kernels.entries import encode_entries
-from saekit.kernels.select import Selection, above, top_of_all, top_of_columns, top_of_rows
+from saekit.kernels.select import Selection, above, top_of_all, top_of_columns, top_of_groups, top_of_rows
 
 PreActs = Float[Tensor, "n_tokens n_features"]
 
@@ -47,11 +52,22 @@ class SelectionRule(Protocol):
     ) -> SparseCodes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class TopK:
+class _Briefly:
+    """Prints a rule as one would write it: what is as usual is left out."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.repr and getattr(self, f.name) != f.default]  # pyright: ignore[reportArgumentType]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TopK(_Briefly):
     """Each token keeps its `k` strongest features (Gao et al., arXiv 2406.04093)."""
 
     k: int
+    relu: bool = True
     looks_across_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -60,21 +76,69 @@ class TopK:
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
         rank = _ranks(pre_acts, dim=1)
-        return _codes_where(rank < self.k, pre_acts)
+        return _codes_where(rank < self.k, pre_acts, relu=self.relu)
 
     def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
         _check_fits(self, len(w_enc))
-        return _attach(x, w_enc, b_enc, top_of_rows(x, w_enc, b_enc, self.k))
+        return _attach(x, w_enc, b_enc, top_of_rows(x, w_enc, b_enc, self.k), relu=self.relu)
 
 
-@dataclass(frozen=True, slots=True)
-class MutualChoice:
+@dataclass(frozen=True, slots=True, repr=False)
+class AbsTopK(_Briefly):
+    """Each token keeps the `k` pre-activations that are largest in size, with their signs."""
+
+    k: int
+    looks_across_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_k("AbsTopK", self.k)
+
+    def __call__(self, pre_acts: PreActs) -> SparseCodes:
+        _check_fits(self, pre_acts.shape[1])
+        return _codes_where(_ranks(pre_acts.abs(), dim=1) < self.k, pre_acts, relu=False)
+
+    def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
+        _check_fits(self, len(w_enc))
+        return _attach(x, w_enc, b_enc, top_of_rows(x, w_enc, b_enc, self.k, by_size=True), relu=False)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GroupMax(_Briefly):
+    """Each token keeps the strongest feature of each of `k` groups of neighbours (EleutherAI's sparsify)."""
+
+    k: int
+    looks_across_tokens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_k("GroupMax", self.k)
+
+    def __call__(self, pre_acts: PreActs) -> SparseCodes:
+        self._check_groups(pre_acts.shape[1])
+        grouped = pre_acts.unflatten(1, (self.k, -1))
+        return _codes_where((_ranks(grouped.flatten(0, 1), dim=1) < 1).view_as(pre_acts), pre_acts)
+
+    def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
+        self._check_groups(len(w_enc))
+        return _attach(x, w_enc, b_enc, top_of_groups(x, w_enc, b_enc, self.k))
+
+    def _check_groups(self, n_features: int) -> None:
+        _check_fits(self, n_features)
+        if n_features % self.k:
+            raise SaekitError(
+                f"GroupMax(k={self.k}) cannot divide {n_features:,} features into groups of one size; "
+                "choose a k that divides the number of features"
+            )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MutualChoice(_Briefly):
     """The `k * n_tokens` strongest matches of the batch are kept, whoever they belong to.
 
     The same selection as BatchTopK (Bussmann et al., arXiv 2412.06410).
     """
 
     k: int
+    relu: bool = True
     looks_across_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -83,29 +147,36 @@ class MutualChoice:
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
         rank = _ranks(pre_acts.flatten()[None], dim=1).view_as(pre_acts)
-        return _codes_where(rank < self.k * len(pre_acts), pre_acts)
+        return _codes_where(rank < self.k * len(pre_acts), pre_acts, relu=self.relu)
 
     def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
         _check_fits(self, len(w_enc))
-        return _attach(x, w_enc, b_enc, top_of_all(x, w_enc, b_enc, self.k * len(x)))
+        return _attach(x, w_enc, b_enc, top_of_all(x, w_enc, b_enc, self.k * len(x)), relu=self.relu)
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureChoice:
+@dataclass(frozen=True, slots=True, repr=False)
+class FeatureChoice(_Briefly):
     """Each feature keeps its strongest tokens: `m_i` of them, with all `m_i` together `k * n_tokens`.
 
-    `m` of the feature of rank `r` (from 1) is proportional to `(r + offset) ** -exponent`, at least 1
-    and at most the batch. Exponent 0 is the uniform rule. That budgets follow a Zipf curve is reported
-    of the paper; this curve, its caps and the assignment of ranks by running density are our
-    reconstruction.
+    `m` of the feature of rank `r` (from 1) is proportional to `(r + offset) ** -exponent`; see
+    `saekit.budgets`. Exponent 0 is the uniform rule. That budgets follow a Zipf curve is reported of the
+    paper; this curve, its caps and floors and the assignment of ranks by density are our reconstruction.
 
     Attributes:
+        exponent: how fast budgets fall with rank.
+        offset: how flat the curve is among the first ranks.
+        floor: least budget of a feature, in tokens; None lets the curve decide, and asks for a batch so
+            large that it grants the last rank a token.
+        cap: largest share of the batch that a feature may have.
         ranks: `(n_features,)` place of each feature on the curve, from 0; by index if None.
     """
 
     k: int
     exponent: float = 0.0
     offset: float = 0.0
+    floor: int | None = None
+    cap: float = 1.0
+    relu: bool = True
     ranks: Int[Tensor, " n_features"] | None = field(default=None, compare=False, repr=False)
     looks_across_tokens: ClassVar[bool] = True
 
@@ -116,28 +187,42 @@ class FeatureChoice:
                 f"FeatureChoice got exponent={self.exponent}, offset={self.offset}; give finite numbers of at least 0 "
                 "(budgets fall with rank)"
             )
+        if not (0 < self.cap <= 1) or (self.floor is not None and self.floor < 0):
+            raise SaekitError(
+                f"FeatureChoice got floor={self.floor}, cap={self.cap}; give a floor of at least 0 tokens "
+                "and a cap above 0 and up to 1, a share of the batch"
+            )
 
     def budgets(self, n_tokens: int, n_features: int) -> Int[Tensor, " n_features"]:
         """Tokens granted to each rank, largest first; they sum to exactly `k * n_tokens`.
 
         Raises:
-            SaekitError: if the batch is too small to grant every feature one token.
+            SaekitError: if the batch is too small to grant every feature its least budget.
         """
-        return zipf_budgets(
-            self.k, n_tokens=n_tokens, n_features=n_features, exponent=self.exponent, offset=self.offset
-        )
+        return zipf_budgets(self.k, n_tokens=n_tokens, **self._curve(n_features))
+
+    def smallest_batch(self, n_features: int) -> int:
+        """The fewest tokens that these budgets can be shared over."""
+        return smallest_batch(self.k, **self._curve(n_features))
+
+    def _curve(self, n_features: int) -> dict[str, Any]:
+        return {
+            "n_features": n_features,
+            "exponent": self.exponent,
+            "offset": self.offset,
+            "floor": self.floor,
+            "cap": self.cap,
+        }
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
-        rank = _ranks(pre_acts, dim=0)
-        return _codes_where(
-            rank < self.feature_budgets(pre_acts.shape[0], pre_acts.shape[1], pre_acts.device), pre_acts
-        )
+        budgets = self.feature_budgets(len(pre_acts), pre_acts.shape[1], pre_acts.device)
+        return _codes_where(_ranks(pre_acts, dim=0) < budgets, pre_acts, relu=self.relu)
 
     def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
         _check_fits(self, len(w_enc))
         budgets = self.feature_budgets(len(x), len(w_enc), x.device)
-        return _attach(x, w_enc, b_enc, top_of_columns(x, w_enc, b_enc, budgets))
+        return _attach(x, w_enc, b_enc, top_of_columns(x, w_enc, b_enc, budgets), relu=self.relu)
 
     def feature_budgets(self, n_tokens: int, n_features: int, device: torch.device) -> Int[Tensor, " n_features"]:
         """Tokens granted to each feature: the budget of its rank."""
@@ -181,53 +266,12 @@ class Threshold:
         return theta.expand(n_features).clamp(min=0)
 
 
-def zipf_budgets(
-    k: int, *, n_tokens: int, n_features: int, exponent: float, offset: float
-) -> Int[Tensor, " n_features"]:
-    """Integers `m_1 >= m_2 >= ...` on a capped Zipf-Mandelbrot curve with sum exactly `k * n_tokens`.
-
-    The curve `c * (r + offset) ** -exponent` is clipped to `[1, n_tokens]`, `c` is found by bisection so
-    that the clipped curve has the right sum, and the units lost by rounding down go to the largest
-    fractional parts, lower ranks first.
-
-    Raises:
-        SaekitError: if there are fewer matches than features, naming the smallest batch that works.
-    """
-    total = k * n_tokens
-    if total < n_features:
-        smallest = -(-n_features // k)
-        raise SaekitError(
-            f"FeatureChoice(k={k}) has {total:,} matches in a batch of {n_tokens:,} tokens to share among "
-            f"{n_features:,} features; use a batch of at least {smallest:,} tokens"
-        )
-    if k > n_features:
-        raise SaekitError(f"k={k} is more than the {n_features:,} features there are; choose a smaller k")
-    # in logarithms, since a steep curve leaves the range of floating point
-    log_weights = -exponent * (torch.arange(1, n_features + 1, dtype=torch.float64) + offset).log()
-    low, high = -float(log_weights[0]), math.log(n_tokens) - float(log_weights[-1])
-    for _ in range(100):
-        log_scale = (low + high) / 2
-        if float((log_scale + log_weights).exp().clamp(1, n_tokens).sum()) < total:
-            low = log_scale
-        else:
-            high = log_scale
-    exact = (high + log_weights).exp().clamp(1, n_tokens)
-    budgets = exact.floor().to(torch.int64)
-    missing = total - int(budgets.sum())
-    order = (exact - budgets).sub((budgets >= n_tokens).double()).sort(descending=True, stable=True).indices
-    while missing > 0:  # more than once round only when rounding left more units than features below the cap
-        open_ranks = order[budgets[order] < n_tokens][:missing]
-        budgets[open_ranks] += 1
-        missing -= len(open_ranks)
-    return budgets.sort(descending=True).values
-
-
 def _check_k(name: str, k: int) -> None:
     if k < 1:
         raise SaekitError(f"{name}(k={k}): k is the mean number of active features per token; give at least 1")
 
 
-def _check_fits(rule: TopK | MutualChoice | FeatureChoice, n_features: int) -> None:
+def _check_fits(rule: TopK | AbsTopK | GroupMax | MutualChoice | FeatureChoice, n_features: int) -> None:
     if rule.k >= n_features:
         raise SaekitError(
             f"{type(rule).__name__}(k={rule.k}) on {n_features:,} features would keep everything; "
@@ -243,13 +287,14 @@ def _ranks(scores: Tensor, *, dim: int) -> Tensor:
     return torch.empty_like(order).scatter_(dim, order, places.expand_as(order))
 
 
-def _codes_where(kept: Tensor, pre_acts: Tensor) -> SparseCodes:
+def _codes_where(kept: Tensor, pre_acts: Tensor, *, relu: bool = True) -> SparseCodes:
     tokens, features = kept.nonzero(as_tuple=True)
+    values = pre_acts[tokens, features]
     return SparseCodes.from_pairs(
-        tokens, features, pre_acts[tokens, features].relu(), n_tokens=kept.shape[0], n_features=kept.shape[1]
+        tokens, features, values.relu() if relu else values, n_tokens=kept.shape[0], n_features=kept.shape[1]
     )
 
 
-def _attach(x: Tensor, w_enc: Tensor, b_enc: Tensor, selection: Selection) -> SparseCodes:
-    values = encode_entries(x, w_enc, b_enc, selection)
+def _attach(x: Tensor, w_enc: Tensor, b_enc: Tensor, selection: Selection, *, relu: bool = True) -> SparseCodes:
+    values = encode_entries(x, w_enc, b_enc, selection, relu=relu)
     return SparseCodes(values, selection.features, selection.row_starts, len(w_enc))

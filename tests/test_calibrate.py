@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SaekitError
-from saekit.sae import SAE, SAEConfig
+from saekit.normalisation import EqualNorms, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.training.calibrate import calibrate
 
@@ -15,7 +17,12 @@ RULES = [MutualChoice(K), UNIFORM, ZIPF]
 
 
 def sae_with(rule: SelectionRule, *, equal_norms: bool = False) -> SAE:
-    sae = SAE(D_MODEL, N_FEATURES, rule, cfg=SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, equal_norms=equal_norms))
+    sae = SAE(
+        D_MODEL,
+        N_FEATURES,
+        rule,
+        cfg=SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, normalisation=EqualNorms() if equal_norms else Plain()),
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         sae.encoder.mul_(torch.rand(N_FEATURES, 1, generator=generator) + 0.5)
@@ -82,7 +89,7 @@ def test_feature_choice_keeps_its_ranks_where_it_has_them():
     with torch.no_grad():
         counts = sae.with_rule(calibrate(sae, pool)).encode(pool).feature_counts()
     budgets = FeatureChoice(K, exponent=1.0).budgets(2000, N_FEATURES)[ranks]
-    positive = (sae.centre(pool)[0] @ sae.W_enc + sae.b_enc.detach() > 0).sum(0)
+    positive = (sae.prepare(pool)[0] @ sae.W_enc + sae.b_enc.detach() > 0).sum(0)
     assert torch.equal(counts, torch.minimum(budgets, positive))
 
 

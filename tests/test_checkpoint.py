@@ -12,18 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from saekit import checkpoint
 from saekit.errors import FileError
-from saekit.sae import SAE, SAEConfig
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+from saekit.normalisation import ConstantNorm, EqualNorms, LayerNorm, Normalisation, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
+from saekit.selection import FeatureChoice, GroupMax, MutualChoice, SelectionRule, Threshold, TopK
 
 
-def small_sae(rule: SelectionRule | None = None, *, equal_norms: bool = False, n_features: int = 4) -> SAE:
+def small_sae(rule: SelectionRule | None = None, *, normalisation: Normalisation = Plain(), n_features: int = 4) -> SAE:
     cfg = SAEConfig(
         d_in=3,
         d_sae=n_features,
         hook_name="layers.1",
         model_name="pystd",
         context_size=128,
-        equal_norms=equal_norms,
+        normalisation=normalisation,
         metadata={"tokens": 7},
     )
     return SAE(3, n_features, rule or TopK(2), cfg=cfg)
@@ -57,29 +59,36 @@ def test_cfg_json_is_this_and_nothing_else(folder):
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {"hook_name": "layers.1", "model_name": "pystd", "context_size": 128, "tokens": 7},
-        "saekit": {"format_version": 1, "rule": {"name": "TopK", "k": 2}, "equal_norms": False},
+        "saekit": {
+            "format_version": 1,
+            "rule": {"name": "TopK", "k": 2, "relu": True},
+            "normalisation": {"name": "Plain"},
+        },
     }
 
 
 @pytest.mark.parametrize(
     ("rule", "architecture", "own"),
     [
-        (MutualChoice(2), "batch_rule", {"name": "MutualChoice", "k": 2}),
+        (MutualChoice(2), "saekit", {"name": "MutualChoice", "k": 2, "relu": True}),
         (
-            FeatureChoice(2, exponent=1.0, offset=0.5),
-            "batch_rule",
-            {"name": "FeatureChoice", "k": 2, "exponent": 1.0, "offset": 0.5},
+            FeatureChoice(2, exponent=1.0, offset=0.5, cap=0.5),
+            "saekit",
+            {"name": "FeatureChoice", "k": 2, "exponent": 1.0, "offset": 0.5, "floor": None, "cap": 0.5, "relu": True},
         ),
+        (TopK(2, relu=False), "saekit", {"name": "TopK", "k": 2, "relu": False}),
+        (GroupMax(2), "saekit", {"name": "GroupMax", "k": 2}),
         (Threshold(0.5), "jumprelu", {"name": "Threshold"}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_other_rules_are_named_so_that_no_tool_takes_them_for_topk(rule, architecture, own, tmp_path):
-    small_sae(rule, equal_norms=True).save(tmp_path / "sae")
+    small_sae(rule, normalisation=EqualNorms()).save(tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     assert config["architecture"] == architecture
     assert "k" not in config
-    assert config["saekit"] == {"format_version": 1, "rule": own, "equal_norms": True}
+    assert config["saekit"] == {"format_version": 1, "rule": own, "normalisation": {"name": "EqualNorms"}}
+    assert config["normalize_activations"] == "equal_norms"  # which no other tool knows, and so refuses
 
 
 def test_tensors_have_these_names_shapes_and_orientations(folder):
@@ -96,6 +105,29 @@ def test_tensors_have_these_names_shapes_and_orientations(folder):
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert torch.equal(tensors["W_enc"], sae.encoder.T)
     assert torch.equal(tensors["W_dec"], sae.decoder)
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "name"), [(LayerNorm(), "layer_norm"), (ConstantNorm(), "constant_norm_rescale")], ids=repr
+)
+def test_normalisations_have_the_names_that_others_know(normalisation, name, tmp_path):
+    small_sae(normalisation=normalisation).save(tmp_path / "sae")
+    assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["normalize_activations"] == name
+    assert SAE.load(tmp_path / "sae").cfg.normalisation == normalisation
+
+
+@pytest.mark.parametrize(("skip", "architecture"), [(False, "jumprelu_transcoder"), (True, "jumprelu_skip_transcoder")])
+def test_a_transcoder_says_what_it_reads_and_writes(skip, architecture, tmp_path):
+    cfg = SAEConfig(d_in=3, d_sae=4, d_out=5, hook_name="a", hook_name_out="b", apply_b_dec_to_input=False)
+    SAE(3, 4, Threshold(0.5), skip=skip, cfg=cfg).save(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert (config["architecture"], config["d_out"]) == (architecture, 5)
+    assert (config["metadata"]["hook_name"], config["metadata"]["hook_name_out"]) == ("a", "b")
+    assert config["apply_b_dec_to_input"] is False
+    tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    assert tensors["W_dec"].shape == (4, 5) and tensors["b_dec"].shape == (5,)
+    assert ("W_skip" in tensors) == skip and (not skip or tensors["W_skip"].shape == (5, 3))
+    assert SAE.load(tmp_path / "sae").cfg == cfg
 
 
 def test_thresholds_and_ranks_travel_as_tensors(tmp_path):
@@ -154,24 +186,29 @@ def test_a_config_of_a_newer_version_even_if_it_lacks_what_this_one_needs(folder
     assert re.search(r"format version 2, this saekit reads up to 1; upgrade with", refusal(folder))
 
 
-@pytest.mark.parametrize("key", ["d_in", "d_sae", "metadata"])
+@pytest.mark.parametrize("key", ["d_in", "d_sae", "apply_b_dec_to_input", "metadata"])
 def test_a_config_that_lacks_a_key(folder, key):
     edit_config(folder, lambda config: config.pop(key))
     assert re.search(rf"cfg\.json lacks {key}; copy", refusal(folder))
 
 
-@pytest.mark.parametrize("key", ["rule", "equal_norms"])
+@pytest.mark.parametrize("key", ["rule", "normalisation"])
 def test_a_config_that_lacks_a_key_of_ours(folder, key):
     edit_config(folder, lambda config: config["saekit"].pop(key))
     assert re.search(rf"cfg\.json lacks saekit\.{key}; copy", refusal(folder))
 
 
 @pytest.mark.parametrize(
-    "rule", [{"name": "TopP", "k": 2}, {"name": "TopK"}, {"k": 2}, {"name": "FeatureChoice", "k": 2}]
+    "rule", [{"name": "TopP", "k": 2}, {"name": "TopK"}, {"k": 2}, {"name": "TopK", "k": 2, "temperature": 1.0}]
 )
 def test_a_rule_that_is_unknown_or_lacks_an_argument(folder, rule):
     edit_config(folder, lambda config: config["saekit"].update(rule=rule))
-    assert re.search(r"rule is \{.*none of TopK, MutualChoice.*upgrade saekit, or copy", refusal(folder))
+    assert re.search(r"rule is \{.*none of TopK, .*MutualChoice.*upgrade saekit, or copy", refusal(folder))
+
+
+def test_a_normalisation_of_a_newer_version(folder):
+    edit_config(folder, lambda config: config["saekit"].update(normalisation={"name": "BatchNorm"}))
+    assert re.search(r"normalisation is 'BatchNorm', which is none of Plain, .*; upgrade saekit", refusal(folder))
 
 
 def test_the_weights_of_another_sae(folder, tmp_path):

@@ -133,7 +133,7 @@ def test_flags_win_over_the_config_file(place, tmp_path, capsys):
         (["--tokens", "10"], "raise tokens, or lower batch_tokens"),
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
-        (["--rule", "feature", "--features", "2000"], "use a batch of at least 500 tokens"),
+        (["--rule", "feature", "--exponent", "20"], "choose a smaller exponent, a larger offset, or floor=1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -12,7 +12,9 @@ from saekit.errors import ShapeError
 from saekit.kernels import entries, reference, select
 from saekit.kernels.backend import choose_backend
 from saekit.kernels.select import Selection
-from saekit.sae import SAE, SAEConfig
+from saekit.normalisation import EqualNorms, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
 
 N_FEATURES = 20
@@ -170,13 +172,18 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(
     "rule",
-    [TopK(2), MutualChoice(2), FeatureChoice(2), FeatureChoice(2, exponent=1.0, offset=20.0), Threshold(2.2)],
+    [TopK(2), MutualChoice(2), FeatureChoice(2), FeatureChoice(2, exponent=1.0, offset=20.0, floor=1), Threshold(2.2)],
     ids=repr,
 )
 def test_no_step_of_training_holds_the_dense_pre_activations(rule, ties, equal_norms, monkeypatch):
     n_tokens, n_features, d_model, block = 600, 400, 16, 5000
     monkeypatch.setattr(select, "BLOCK_ELEMENTS", block)
-    sae = SAE(d_model, n_features, rule, cfg=SAEConfig(d_in=d_model, d_sae=n_features, equal_norms=equal_norms))
+    sae = SAE(
+        d_model,
+        n_features,
+        rule,
+        cfg=SAEConfig(d_in=d_model, d_sae=n_features, normalisation=EqualNorms() if equal_norms else Plain()),
+    )
     x = torch.randn(n_tokens, d_model, generator=torch.Generator().manual_seed(0))
     if ties:
         with torch.no_grad():

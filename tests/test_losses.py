@@ -1,24 +1,39 @@
 """The losses against dense autograd, and what their gradients must and must not reach."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, ZipfFit, expected_density, zipf_fit
+from saekit.errors import SaekitError
 from saekit.kernels import select
-from saekit.losses import aux_k_loss, aux_zipf_loss, explain_residual, fvu, normalised_mse, revivable, summed_mse
-from saekit.sae import SAE, SAEConfig
+from saekit.losses import (
+    AuxK,
+    AuxZipf,
+    aux_k_loss,
+    aux_zipf_loss,
+    curve_density,
+    fvu,
+    normalised_mse,
+    revivable,
+    summed_mse,
+)
+from saekit.normalisation import EqualNorms, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 
 D_MODEL, N_FEATURES, N_TOKENS = 5, 12, 8
 MEMBERS = torch.tensor([1, 4, 5, 9])
-RULES = [TopK(3), MutualChoice(3), FeatureChoice(3, exponent=0.8), Threshold(0.5), Threshold(1e9)]
+RULES = [TopK(3), MutualChoice(3), FeatureChoice(3, exponent=0.8, floor=1), Threshold(0.5), Threshold(1e9)]
 
 
 def random_sae(rule: SelectionRule = RULES[0], *, equal_norms: bool = False) -> SAE:
     generator = torch.Generator().manual_seed(0)
-    cfg = SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, equal_norms=equal_norms)
+    cfg = SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, normalisation=EqualNorms() if equal_norms else Plain())
     sae = SAE(D_MODEL, N_FEATURES, rule, cfg=cfg).double()
     with torch.no_grad():
         for weight in sae.parameters():
@@ -39,7 +54,11 @@ def dense_aux(sae: SAE, x: Tensor, codes: SparseCodes, members: Tensor, k_aux: i
     kept = codes.to_dense().detach()
     residual = (x - kept @ sae.decoder - sae.b_dec).detach()
     u = (x - sae.b_dec).detach()
-    unit = u.square().mean(1, keepdim=True).sqrt() if sae.cfg.equal_norms else torch.ones_like(u[:, :1])
+    unit = (
+        u.square().mean(1, keepdim=True).sqrt()
+        if isinstance(sae.cfg.normalisation, EqualNorms)
+        else torch.ones_like(u[:, :1])
+    )
     pre_acts = u / unit @ sae.encoder.T + sae.b_enc
     place = pre_acts.detach().masked_fill(~members, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1)
     chosen = (place < min(k_aux, int(members.sum()))) & (kept == 0)
@@ -61,6 +80,15 @@ def density_with(tokens_since_fired: Tensor, share: Tensor | None = None) -> Run
 
 
 DEAD = density_with(member_mask() * 1000)
+both_losses = pytest.mark.parametrize(
+    ("loss", "options"), [(aux_k_loss, AuxK), (aux_zipf_loss, AuxZipf)], ids=["aux_k", "aux_zipf"]
+)
+
+
+def explained(sae: SAE, x: Tensor, codes: SparseCodes, *, k_aux: int, members: Tensor | None = None) -> Tensor:
+    """The auxiliary loss where exactly the members are dead."""
+    density = density_with((member_mask() if members is None else members) * 1000)
+    return aux_k_loss(sae, x, codes, density=density, options=AuxK(k_aux=k_aux, dead_after=999))
 
 
 def test_fvu_is_zero_for_a_perfect_and_one_for_the_mean_reconstruction():
@@ -90,7 +118,7 @@ def test_gradients_of_reconstruction_losses(loss):
 def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, equal_norms):
     sae, x = random_sae(rule, equal_norms=equal_norms), inputs()
     codes = sae.encode(x)
-    got = aux_k_loss(sae, x, codes, density=DEAD, k_aux=k_aux, dead_after=999)
+    got = explained(sae, x, codes, k_aux=k_aux)
     want, contributes = dense_aux(sae, x, codes, member_mask(), k_aux)
     torch.testing.assert_close(got, want)
     ours, theirs = gradients(got, sae), gradients(want, sae)
@@ -100,11 +128,11 @@ def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, e
 
 
 @pytest.mark.parametrize("equal_norms", [False, True], ids=["own norms", "equal norms"])
-@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
-def test_an_auxiliary_loss_reaches_encoder_and_decoder_of_what_it_revives_and_nothing_else(loss, equal_norms):
+@both_losses
+def test_an_auxiliary_loss_reaches_encoder_and_decoder_of_what_it_revives_and_nothing_else(loss, options, equal_norms):
     sae, x = random_sae(equal_norms=equal_norms), inputs().requires_grad_()
     codes = sae.encode(x)
-    value = loss(sae, x, codes, density=DEAD, k_aux=2, dead_after=999)
+    value = loss(sae, x, codes, density=DEAD, options=options(k_aux=2, dead_after=999))
     _, contributes = dense_aux(sae, x, codes, member_mask(), 2)
     revived = contributes.any(0)
     assert revived.sum() >= 2 and not revived[~member_mask()].any()
@@ -121,13 +149,13 @@ def test_an_auxiliary_loss_reaches_encoder_and_decoder_of_what_it_revives_and_no
 def test_a_step_along_the_gradient_explains_more_of_the_residual():
     sae, x = random_sae(), inputs()
     codes = sae.encode(x)
-    before = explain_residual(sae, x, codes, members=member_mask(), k_aux=4)
+    before = explained(sae, x, codes, k_aux=4)
     before.backward()
     with torch.no_grad():
         for name in ("encoder", "decoder"):
             weight = getattr(sae, name)
             weight[MEMBERS] -= 0.05 * weight.grad[MEMBERS]
-    assert explain_residual(sae, x, codes, members=member_mask(), k_aux=4) < before
+    assert explained(sae, x, codes, k_aux=4) < before
 
 
 def test_the_loss_is_one_for_a_useless_explanation_and_shrinks_with_the_share_of_k_aux_there_is():
@@ -141,15 +169,15 @@ def test_the_loss_is_one_for_a_useless_explanation_and_shrinks_with_the_share_of
         sae.b_dec += (x - sae.decode(codes)).mean(0)
         x = x + (sae.decode(codes) - x).mean(0)
     for k_aux, share in ((1, 1.0), (4, 1.0), (8, 0.5), (40, 0.1)):
-        got = explain_residual(sae, x, codes, members=member_mask(), k_aux=k_aux)
+        got = explained(sae, x, codes, k_aux=k_aux)
         assert got.item() == pytest.approx(share)
 
 
-@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
-def test_with_nobody_to_revive_the_loss_is_zero_and_sends_no_gradient(loss):
+@both_losses
+def test_with_nobody_to_revive_the_loss_is_zero_and_sends_no_gradient(loss, options):
     sae, x = random_sae(), inputs()
     alive = density_with(torch.zeros(N_FEATURES, dtype=torch.int64))
-    value = loss(sae, x, sae.encode(x), density=alive, k_aux=2, dead_after=999)
+    value = loss(sae, x, sae.encode(x), density=alive, options=options(k_aux=2, dead_after=999))
     assert value.shape == () and value.item() == 0 and not value.requires_grad
 
 
@@ -159,7 +187,7 @@ def test_a_member_that_the_codes_use_on_a_token_is_not_used_there_again():
     used = codes.to_dense() > 0
     assert used[:, MEMBERS].any()
     members = used.any(0)
-    value = explain_residual(sae, x, codes, members=members, k_aux=N_FEATURES)
+    value = explained(sae, x, codes, members=members, k_aux=N_FEATURES)
     want, contributes = dense_aux(sae, x, codes, members, N_FEATURES)
     assert not (contributes & used).any()
     torch.testing.assert_close(value, want)
@@ -172,18 +200,18 @@ def test_where_there_is_nothing_to_explain_loss_and_gradients_are_zero_not_nan(c
     codes = sae.encode(x)
     if case == "nothing left over":
         x = sae.decode(codes).detach()
-    value = explain_residual(sae, x, codes, members=member_mask(), k_aux=4)
+    value = explained(sae, x, codes, k_aux=4)
     assert value.item() == 0
     for gradient in gradients(value, sae).values():
         assert gradient is None or not gradient.any()  # nan counts as any
 
 
-@pytest.mark.parametrize("loss", [aux_k_loss, aux_zipf_loss])
-def test_measuring_an_auxiliary_loss_changes_nothing(loss):
+@both_losses
+def test_measuring_an_auxiliary_loss_changes_nothing(loss, options):
     sae, x = random_sae(), inputs()
     density = density_with(member_mask() * 1000)
     before = [t.clone() for t in (*sae.state_dict().values(), density.average, density.tokens_since_fired)]
-    loss(sae, x, sae.encode(x), density=density, k_aux=2, dead_after=999).backward()
+    loss(sae, x, sae.encode(x), density=density, options=options(k_aux=2, dead_after=999)).backward()
     after = [*sae.state_dict().values(), density.average, density.tokens_since_fired]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -191,19 +219,21 @@ def test_measuring_an_auxiliary_loss_changes_nothing(loss):
 def test_the_auxiliary_loss_works_in_blocks(monkeypatch):
     sae, x = random_sae(TopK(3), equal_norms=True), inputs(50)
     codes = sae.encode(x)
-    whole = explain_residual(sae, x, codes, members=member_mask(), k_aux=2)
+    whole = explained(sae, x, codes, k_aux=2)
     monkeypatch.setattr(select, "BLOCK_ELEMENTS", 8)
-    torch.testing.assert_close(explain_residual(sae, x, codes, members=member_mask(), k_aux=2), whole)
+    torch.testing.assert_close(explained(sae, x, codes, k_aux=2), whole)
 
 
 def zipf_densities(n_features: int = 400) -> Tensor:
     return ZipfFit(exponent=0.9, offset=2.0, scale=0.4).expected(n_features)
 
 
-def revived(share: Tensor, *, since: Tensor | None = None, **options: float) -> list[int]:
+def revived(share: Tensor, *, since: Tensor | None = None, weight: float = 1.0, **options) -> list[int]:
     since = torch.zeros(len(share), dtype=torch.int64) if since is None else since
-    options = {"below": 0.5, "least_count": 10.0} | options
-    return revivable(density_with(since, share), dead_after=999, **options).nonzero()[:, 0].tolist()
+    density = RunningDensity(average=share * weight, tokens_since_fired=since, weight=weight, horizon=1e6)
+    chosen = AuxZipf(dead_after=999, **options)
+    members = revivable(density, curve_density(density.density, chosen.curve), chosen)
+    return members.nonzero()[:, 0].tolist()
 
 
 def test_dead_and_under_used_features_are_revived():
@@ -240,16 +270,85 @@ def test_at_most_half_is_revived_the_furthest_under_the_line_first():
 
 
 @pytest.mark.parametrize("k_aux", [2, 6])
-def test_aux_zipf_loss_with_nobody_under_used_is_aux_k_loss(k_aux):
+@pytest.mark.parametrize("dead", [MEMBERS, torch.arange(N_FEATURES)], ids=["some dead", "all dead"])
+def test_aux_k_loss_is_aux_zipf_loss_in_which_nobody_is_under_used(k_aux, dead):
     sae, x = random_sae(), inputs()
     codes = sae.encode(x)
     share = zipf_densities(N_FEATURES)
     share[7:] *= 0.01
-    density = density_with(member_mask() * 1000, share)
-    arguments = {"density": density, "k_aux": k_aux, "dead_after": 999}
-    aux_k = aux_k_loss(sae, x, codes, **arguments)
-    aux_zipf = aux_zipf_loss(sae, x, codes, below=0.0, **arguments)
-    assert torch.equal(aux_zipf, aux_k)
-    ours, theirs = gradients(aux_zipf, sae), gradients(aux_k, sae)
+    density = density_with(member_mask(dead) * 1000, share)
+    aux_k = aux_k_loss(sae, x, codes, density=density, options=AuxK(k_aux=k_aux, dead_after=999))
+
+    def zipf(**options) -> Tensor:
+        chosen = AuxZipf(k_aux=k_aux, dead_after=999, **options)
+        return aux_zipf_loss(sae, x, codes, density=density, options=chosen)
+
+    special = zipf(below=0.0, most_members=1.0)
+    assert torch.equal(special, aux_k)
+    ours, theirs = gradients(special, sae), gradients(aux_k, sae)
     assert all(torch.equal(ours[name], theirs[name]) for name in ("encoder", "decoder", "b_enc"))
-    assert not torch.equal(aux_zipf_loss(sae, x, codes, below=0.5, **arguments), aux_k)
+    if len(dead) < N_FEATURES:
+        assert not torch.equal(zipf(below=0.5, most_members=1.0), aux_k)
+    else:
+        assert not torch.equal(zipf(below=0.0), aux_k)  # half of the dictionary at most
+
+
+def test_early_on_few_firings_have_been_seen_whatever_the_horizon():
+    share = zipf_densities()
+    share[380:] *= 0.2
+    assert revived(share) == list(range(380, 400))
+    assert revived(share, weight=1e-5) == []
+
+
+def test_the_budgets_of_feature_choice_can_be_the_curve():
+    rule = FeatureChoice(8, exponent=0.7, offset=1.0)
+    share = rule.budgets(1 << 20, 400).double() / (1 << 20)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(curve_density(share[order], rule), share[order], rtol=1e-3, atol=1e-6)
+    behind = share.clone()
+    behind[390:] *= 0.1
+    assert revived(behind, curve=rule) == list(range(390, 400))
+
+
+def test_without_shrinking_few_members_count_in_full():
+    sae, x = random_sae(), inputs()
+    codes = sae.encode(x)
+    arguments = {"density": DEAD, "options": AuxZipf(k_aux=8, dead_after=999)}
+    shrunk = aux_zipf_loss(sae, x, codes, **arguments)
+    full = aux_zipf_loss(sae, x, codes, density=DEAD, options=replace(arguments["options"], shrink=False))
+    torch.testing.assert_close(shrunk, full * len(MEMBERS) / 8)
+
+
+def test_members_that_claim_tokens_get_their_deficit_in_their_strongest_tokens():
+    sae, x = random_sae(), inputs(400)
+    with torch.no_grad():
+        sae.b_enc[MEMBERS] = 5.0
+    rule = FeatureChoice(3, exponent=0.5)
+    share = rule.budgets(1 << 20, N_FEATURES).double() / (1 << 20)
+    share[MEMBERS] = 0.0  # which puts them last
+    expected = curve_density(share, rule)
+    codes = sae.encode(x).with_values(torch.zeros(1200, dtype=torch.float64))  # nothing is taken already
+    density = density_with(member_mask() * 1000, share)
+    chosen = AuxZipf(claim="feature", curve=rule, below=0.5, dead_after=999, k_aux=4)
+    loss = aux_zipf_loss(sae, x, codes, density=density, options=chosen, residual=x)
+    claims = (0.5 * expected[MEMBERS] * 400).ceil().long()
+    assert claims.unique().numel() > 1 and (claims >= 1).all()
+    pre_acts = ((x - sae.b_dec) @ sae.encoder.T + sae.b_enc).detach()
+    values = torch.zeros_like(pre_acts)
+    for member, claim in zip(MEMBERS.tolist(), claims.tolist(), strict=True):
+        tokens = pre_acts[:, member].topk(claim).indices
+        values[tokens, member] = pre_acts[tokens, member].relu()
+    want = (x - values @ sae.decoder).square().sum() / (x - x.mean(0)).square().sum()
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("options", [{"below": -0.1}, {"below": 1.5}, {"most_members": 0.0}, {"most_members": 1.1}])
+def test_shares_that_are_none_are_refused(options):
+    with pytest.raises(SaekitError, match=r"both are shares: give below from 0 to 1"):
+        AuxZipf(**options)
+
+
+def test_when_a_feature_is_dead_must_be_said():
+    sae, x = random_sae(), inputs()
+    with pytest.raises(SaekitError, match=r"dead_after is None.*give a number of tokens"):
+        aux_zipf_loss(sae, x, sae.encode(x), density=DEAD, options=AuxZipf())

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saekit.errors import ShapeError
-from saekit.sae import SAE, SAEConfig, with_metadata
+from saekit.normalisation import EqualNorms, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig, with_metadata
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 
 D_MODEL, N_FEATURES, N_TOKENS = 5, 9, 7
@@ -36,7 +38,7 @@ def random_sae(rule: SelectionRule, *, equal_norms: bool = False, seed: int = 0,
         hook_name="layers.2:out",
         model_name="pystd",
         context_size=256,
-        equal_norms=equal_norms,
+        normalisation=EqualNorms() if equal_norms else Plain(),
         metadata={"tokens": 1000, "fvu": 0.25, "note": "ünïcode"},
     )
     sae = SAE(D_MODEL, N_FEATURES, rule, cfg=cfg).to(dtype)
@@ -56,7 +58,7 @@ def inputs(n_tokens: int = N_TOKENS, *, seed: int = 1, dtype=torch.float32) -> T
 def dense_codes(sae: SAE, x: Tensor) -> Tensor:
     """The equations of `saekit.sae`, written out on dense matrices; autograd gives the gradients."""
     u, unit = x - sae.b_dec, torch.ones(len(x), 1, dtype=x.dtype)
-    if sae.cfg.equal_norms:
+    if isinstance(sae.cfg.normalisation, EqualNorms):
         unit = u.square().mean(1, keepdim=True).sqrt()
     pre_acts = (u / unit) @ sae.encoder.T + sae.b_enc
     return sae.rule(pre_acts).to_dense() * unit

@@ -9,27 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saekit.budgets import smallest_batch, zipf_budgets
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.kernels import select
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK, zipf_budgets
+from saekit.selection import AbsTopK, FeatureChoice, GroupMax, MutualChoice, SelectionRule, Threshold, TopK
 
 BATCH_RULES = {
     "TopK": TopK,
     "MutualChoice": MutualChoice,
     "FeatureChoice uniform": FeatureChoice,
-    "FeatureChoice Zipf": lambda k: FeatureChoice(k, exponent=1.0, offset=0.5),
+    "FeatureChoice Zipf": lambda k: FeatureChoice(k, exponent=1.0, offset=0.5, floor=1),
+    "AbsTopK": AbsTopK,
+    "without ReLU": lambda k: MutualChoice(k, relu=False),
 }
 RULES = BATCH_RULES | {"Threshold": lambda k: Threshold(float(k) / 2)}
 every_batch_rule = pytest.mark.parametrize("rule", BATCH_RULES.values(), ids=BATCH_RULES.keys())
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+CLOSING = {name: rule for name, rule in RULES.items() if name not in ("AbsTopK", "without ReLU")}
+every_closing_rule = pytest.mark.parametrize("rule", CLOSING.values(), ids=CLOSING.keys())
 SEEDS = st.integers(0, 2**16)
 
 
 def distinct(n_tokens: int, n_features: int, seed: int) -> Tensor:
-    """Pre-activations of both signs, no two of them equal."""
+    """Pre-activations of both signs, no two of them equal, nor of one size."""
     order = torch.randperm(n_tokens * n_features, generator=torch.Generator().manual_seed(seed))
-    return (order - len(order) // 3).view(n_tokens, n_features) / 8
+    return (order - len(order) // 3).view(n_tokens, n_features) / 8 + 1 / 32
 
 
 def tied(n_tokens: int, n_features: int, seed: int) -> Tensor:
@@ -46,12 +51,18 @@ def best_first(x: Tensor, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]
     return sorted(pairs, key=lambda pair: (-float(x[pair]), pair[0] * x.shape[1] + pair[1]))
 
 
+def closes_negatives(rule: SelectionRule) -> bool:
+    return not isinstance(rule, AbsTopK) and getattr(rule, "relu", True)
+
+
 def kept_by_hand(rule: SelectionRule, x: Tensor) -> set[tuple[int, int]]:
     """What each rule is defined to keep, one pair at a time."""
     tokens, features = range(x.shape[0]), range(x.shape[1])
     match rule:
         case TopK(k=k):
             return {pair for n in tokens for pair in best_first(x, [(n, f) for f in features])[:k]}
+        case AbsTopK(k=k):
+            return {pair for n in tokens for pair in best_first(x.abs(), [(n, f) for f in features])[:k]}
         case MutualChoice(k=k):
             return set(best_first(x, list(itertools.product(tokens, features)))[: k * len(x)])
         case FeatureChoice():
@@ -71,7 +82,8 @@ def test_a_rule_keeps_what_it_is_defined_to_keep(rule, values, k, n_tokens, n_fe
     x = values(n_tokens, n_features, seed)
     codes = rule(k)(x)
     assert entries(codes) == kept_by_hand(rule(k), x)
-    assert torch.equal(codes.values, x[codes.token_of_entry(), codes.features].relu())
+    raw = x[codes.token_of_entry(), codes.features]
+    assert torch.equal(codes.values, raw.relu() if closes_negatives(rule(k)) else raw)
     codes.validate()
 
 
@@ -82,12 +94,12 @@ def test_every_rule_spends_exactly_its_budget(rule, k, groups, ties, seed):
     x = (tied if ties else distinct)(12 * groups, 12, seed)
     codes = rule(k)(x)
     assert len(codes.values) == k * len(x)
-    assert (codes.values >= 0).all()
+    assert not closes_negatives(rule(k)) or (codes.values >= 0).all()
 
 
 @pytest.mark.parametrize(
     ("rule", "rivals"),
-    [(TopK(2), 1), (MutualChoice(2), (0, 1)), (FeatureChoice(2), 0), (FeatureChoice(2, exponent=1.0), 0)],
+    [(TopK(2), 1), (MutualChoice(2), (0, 1)), (FeatureChoice(2), 0), (FeatureChoice(2, exponent=1.0, floor=1), 0)],
     ids=repr,
 )
 @settings(max_examples=20, deadline=None)
@@ -129,8 +141,8 @@ def test_shuffling_features_shuffles_the_codes(rule, zipf, seed):
     before, after = rule(2), rule(2)
     if isinstance(before, FeatureChoice):  # budgets belong to features, so they move with them
         exponent = 1.0 if zipf else 0.0
-        before = FeatureChoice(2, exponent=exponent, ranks=torch.arange(9))
-        after = FeatureChoice(2, exponent=exponent, ranks=order)
+        before = FeatureChoice(2, exponent=exponent, floor=1, ranks=torch.arange(9))
+        after = FeatureChoice(2, exponent=exponent, floor=1, ranks=order)
     assert torch.equal(after(x[:, order]).to_dense(), before(x).to_dense()[:, order])
 
 
@@ -141,7 +153,7 @@ def test_mutual_choice_on_one_token_is_top_k(k, seed):
     assert entries(MutualChoice(k)(x)) == entries(TopK(k)(x))
 
 
-@every_rule
+@every_closing_rule
 @settings(max_examples=15, deadline=None)
 @given(ties=st.booleans(), seed=SEEDS)
 def test_relu_before_selection_gives_the_same_codes(rule, ties, seed):
@@ -149,7 +161,7 @@ def test_relu_before_selection_gives_the_same_codes(rule, ties, seed):
     assert torch.equal(rule(3)(x).to_dense(), rule(3)(x.relu()).to_dense())
 
 
-@every_rule
+@every_closing_rule
 def test_all_negative_pre_activations_give_no_active_entry(rule):
     codes = rule(2)(distinct(9, 7, 0) - 100)
     assert not codes.to_dense().any()
@@ -199,7 +211,7 @@ def test_cuts_for_another_dictionary_are_refused():
 def test_budgets_sum_exactly_fall_with_rank_and_stay_within_the_batch(k, n_features, extra_tokens, exponent, offset):
     k = min(k, n_features)
     n_tokens = -(-n_features // k) + extra_tokens
-    budgets = zipf_budgets(k, n_tokens=n_tokens, n_features=n_features, exponent=exponent, offset=offset)
+    budgets = zipf_budgets(k, n_tokens=n_tokens, n_features=n_features, exponent=exponent, offset=offset, floor=1)
     assert budgets.shape == (n_features,) and budgets.dtype == torch.int64
     assert int(budgets.sum()) == k * n_tokens
     assert (budgets.diff() <= 0).all()
@@ -217,7 +229,7 @@ def test_budgets_sum_exactly_fall_with_rank_and_stay_within_the_batch(k, n_featu
     ],
 )
 def test_known_budgets(n_tokens, n_features, exponent, offset, first, median, last, at_floor):
-    budgets = FeatureChoice(32, exponent=exponent, offset=offset).budgets(n_tokens, n_features)
+    budgets = FeatureChoice(32, exponent=exponent, offset=offset, floor=1).budgets(n_tokens, n_features)
     assert budgets[:3].tolist() == first
     assert int(budgets.median()) == median
     assert int(budgets[-1]) == last
@@ -231,9 +243,96 @@ def test_exponent_zero_shares_equally_and_gives_the_rest_to_the_first_ranks():
 
 @pytest.mark.parametrize(("k", "n_features", "smallest"), [(2, 12, 6), (5, 12, 3), (7, 12, 2), (3, 100, 34)])
 def test_the_batch_size_feature_choice_suggests_does_work_and_one_token_fewer_does_not(k, n_features, smallest):
-    with pytest.raises(SaekitError, match=rf"batch of at least {smallest} tokens"):
+    with pytest.raises(SaekitError, match=rf"use at least {smallest} tokens"):
         FeatureChoice(k)(torch.zeros(smallest - 1, n_features))
-    FeatureChoice(k, exponent=1.0)(torch.zeros(smallest, n_features))
+    FeatureChoice(k, exponent=1.0, floor=1)(torch.zeros(smallest, n_features))
+    FeatureChoice(k)(torch.zeros(smallest, n_features))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    k=st.integers(1, 12),
+    n_features=st.integers(13, 300),
+    exponent=st.floats(0.05, 1.5),
+    offset=st.floats(0.0, 30.0),
+    cap=st.sampled_from([1.0, 0.5, 0.25]),
+)
+def test_the_smallest_batch_keeps_the_curve_and_one_token_fewer_does_not(k, n_features, exponent, offset, cap):
+    k = min(k, int(cap * n_features) - 1)
+    curve = {"n_features": n_features, "exponent": exponent, "offset": offset, "cap": cap}
+    smallest = smallest_batch(k, **curve)
+    budgets = zipf_budgets(k, n_tokens=smallest, **curve)
+    assert int(budgets.sum()) == k * smallest and int(budgets[-1]) >= 1 and int(budgets[0]) < cap * smallest + 1
+    # what the curve says where no cap interferes, to the rounding of single tokens
+    weights = (torch.arange(1, n_features + 1, dtype=torch.float64) + offset) ** -exponent
+    below_cap = budgets < int(cap * smallest)
+    want = weights[below_cap] * (budgets[below_cap].sum() / weights[below_cap].sum())
+    assert ((budgets[below_cap] - want).abs() < 2).all()
+    if smallest > 1:
+        with pytest.raises(SaekitError, match=rf"use at least {smallest:,} tokens .*or floor=1"):
+            zipf_budgets(k, n_tokens=smallest - 1, **curve)
+
+
+def test_without_a_cap_that_acts_the_smallest_batch_is_the_law():
+    ranks = torch.arange(1, 4097, dtype=torch.float64)
+    harmonic = float((1 / ranks).sum())
+    assert smallest_batch(2, n_features=4096, exponent=1.0, offset=0.0) == -(-4096 * harmonic // 2)
+    assert smallest_batch(2, n_features=4096, exponent=0.0, offset=0.0) == 2048
+    # the first ranks hand on what they may not take, so that a little less than the law will do
+    assert 10_000 < smallest_batch(32, n_features=32768, exponent=1.0, offset=0.0) < 11_238
+    assert smallest_batch(2, n_features=100, exponent=1.0, offset=0.0, floor=3) == 150
+
+
+def test_a_curve_that_no_batch_can_serve_is_refused():
+    with pytest.raises(SaekitError, match=r"exponent=9 the rarest of 4,096 .*smaller exponent"):
+        FeatureChoice(2, exponent=9.0).smallest_batch(4096)
+    with pytest.raises(SaekitError, match=r"12 features on at most 0\.2 of all tokens .*k=5 .*a larger cap"):
+        FeatureChoice(5, cap=0.2).budgets(10, 12)
+
+
+@pytest.mark.parametrize(("floor", "cap"), [(-1, 1.0), (1, 0.0), (None, 1.5)])
+def test_limits_that_make_no_sense_are_refused(floor, cap):
+    with pytest.raises(SaekitError, match=rf"floor={floor}, cap={cap}; give a floor of at least 0"):
+        FeatureChoice(2, floor=floor, cap=cap)
+
+
+def test_a_cap_and_a_floor_hold_the_budgets_between_them():
+    budgets = FeatureChoice(4, exponent=3.0, floor=3, cap=0.25).budgets(200, 40)
+    assert int(budgets.sum()) == 800
+    assert budgets.max() == 50 and (budgets == 50).sum() > 1
+    assert budgets.min() == 3 and (budgets == 3).sum() > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, k=st.integers(1, 4), size=st.integers(2, 5), ties=st.booleans())
+def test_group_max_keeps_the_strongest_of_each_group(seed, k, size, ties):
+    x = (tied if ties else distinct)(9, k * size, seed)
+    want = {best_first(x, [(n, f) for f in range(g * size, (g + 1) * size)])[0] for n in range(9) for g in range(k)}
+    codes = GroupMax(k)(x)
+    assert entries(codes) == want
+    assert torch.equal(codes.values, x[codes.token_of_entry(), codes.features].relu())
+    eye = torch.eye(k * size)
+    with mock.patch.object(select, "BLOCK_ELEMENTS", 16):
+        assert_same(GroupMax(k).encode(x, eye, torch.zeros(k * size)), codes)
+
+
+def test_groups_of_different_sizes_are_refused():
+    with pytest.raises(SaekitError, match=r"GroupMax\(k=3\) cannot divide 8 features .*choose a k that divides"):
+        GroupMax(3)(torch.zeros(2, 8))
+
+
+def test_without_relu_negative_entries_stay_and_no_feature_is_silent_under_feature_choice():
+    x = -distinct(12, 6, 0).abs() - 1
+    assert not FeatureChoice(2)(x).values.any()
+    codes = FeatureChoice(2, relu=False)(x)
+    assert (codes.values < 0).all()
+    assert (codes.feature_counts() == 4).all() and (codes.l0().sum() == 24)
+
+
+def test_a_rule_prints_as_one_would_write_it():
+    assert repr(TopK(3)) == "TopK(k=3)"
+    assert repr(MutualChoice(3, relu=False)) == "MutualChoice(k=3, relu=False)"
+    assert repr(FeatureChoice(3, exponent=0.5, ranks=torch.arange(4))) == "FeatureChoice(k=3, exponent=0.5)"
 
 
 @settings(max_examples=20, deadline=None)
@@ -241,7 +340,7 @@ def test_the_batch_size_feature_choice_suggests_does_work_and_one_token_fewer_do
 def test_each_feature_gets_the_budget_of_its_rank(seed):
     x = tied(20, 12, seed)
     ranks = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
-    rule = FeatureChoice(3, exponent=1.0, ranks=ranks)
+    rule = FeatureChoice(3, exponent=1.0, floor=1, ranks=ranks)
     counts = torch.bincount(rule(x).features, minlength=12)
     assert torch.equal(counts, rule.budgets(20, 12)[ranks])
     assert counts.unique().numel() > 2  # a flat curve would prove nothing

@@ -9,18 +9,22 @@ from torch import Tensor
 
 from saekit.activations.harvest import TensorSource
 from saekit.errors import DataError, SaekitError
-from saekit.losses import fvu
+from saekit.losses import AuxK, AuxZipf, fvu
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
 from saekit.targets import Site
 from saekit.training import loop
 from saekit.training.config import TrainConfig
 from saekit.training.loop import train
+from saekit.training.objectives import Gated, Matryoshka
+from saekit.training.resample import Resample
+from saekit.training.schedule import AnnealK, ThenFeatureChoice
 from saekit.training.step import TrainState, geometric_median, measure, train_step
 
 SITE, OTHER = Site.parse("layers.1"), Site.parse("layers.2")
 D_MODEL, BATCH = 16, 256
 RULES = [TopK(3), MutualChoice(3), FeatureChoice(3), FeatureChoice(3, exponent=1.0)]
+ZIPF, DEAD_ONLY = AuxZipf(dead_after=2 * BATCH), AuxK(dead_after=2 * BATCH)
 
 
 def mixtures(n: int, *, seed: int, n_directions: int = 24, active: int = 3) -> Tensor:
@@ -101,10 +105,10 @@ def test_a_seed_decides_every_bit_and_another_gives_another_result(rule, vectors
     assert not torch.equal(first["encoder"], run(1)["encoder"])
 
 
-@pytest.mark.parametrize("auxiliary", ["zipf", "k", "none"])
+@pytest.mark.parametrize("auxiliary", [ZIPF, DEAD_ONLY, None], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_measuring_more_often_does_not_change_training(rule, auxiliary, vectors):
-    settings = config(12, rule=rule, auxiliary=auxiliary, dead_after=2 * BATCH, ranks_every=5)
+    settings = config(12, rule=rule, auxiliary=auxiliary, ranks_every=5)
 
     def look(state: TrainState) -> None:
         before = everything_in(state)
@@ -175,10 +179,10 @@ def test_decoder_rows_have_unit_norm_after_every_step(rule, vectors):
     trained_state(vectors, config(6, rule=rule, learning_rate=0.1), after=check)
 
 
-@pytest.mark.parametrize("auxiliary, revived", [("zipf", True), ("k", True), ("none", False)])
+@pytest.mark.parametrize("auxiliary, revived", [(ZIPF, True), (DEAD_ONLY, True), (None, False)], ids=str)
 @pytest.mark.parametrize("rule", [TopK(3), MutualChoice(3)], ids=str)
 def test_an_auxiliary_loss_revives_a_planted_dead_feature(rule, auxiliary, revived, vectors):
-    settings = config(120, rule=rule, auxiliary=auxiliary, dead_after=3 * BATCH, n_features=20)
+    settings = config(120, rule=rule, auxiliary=auxiliary, n_features=20)
     state = TrainState.start(settings, vectors)
     with torch.no_grad():
         # a faint reading of a direction: open to gradients, but never among the strongest
@@ -194,7 +198,7 @@ def test_an_auxiliary_loss_revives_a_planted_dead_feature(rule, auxiliary, reviv
 
 
 def test_no_feature_is_asked_for_help_before_it_could_have_fired(vectors):
-    settings = config(20, auxiliary="k", dead_after=5 * BATCH, n_features=64)
+    settings = config(20, auxiliary=AuxK(dead_after=5 * BATCH), n_features=64)
     state = TrainState.start(settings, vectors)
     with torch.no_grad():
         state.sae.encoder[:16] *= 1e-3
@@ -204,7 +208,7 @@ def test_no_feature_is_asked_for_help_before_it_could_have_fired(vectors):
 
 
 def test_the_auxiliary_loss_counts_with_its_weight(vectors):
-    settings = config(20, auxiliary="k", dead_after=BATCH, n_features=64, aux_weight=0.25)
+    settings = config(20, auxiliary=AuxK(dead_after=BATCH, weight=0.25), n_features=64)
     state = TrainState.start(settings, vectors)
     with torch.no_grad():
         state.sae.encoder[:16] *= 1e-3
@@ -218,12 +222,18 @@ def test_the_auxiliary_loss_counts_with_its_weight(vectors):
 @pytest.mark.parametrize(
     "change",
     [
-        {"auxiliary": "k"},
-        {"auxiliary": "none"},
-        {"aux_weight": 1.0},
-        {"k_aux": 1},
-        {"dead_after": 4 * BATCH},
-        {"under_used_below": 0.01},
+        {"auxiliary": DEAD_ONLY},
+        {"auxiliary": None},
+        {"auxiliary": replace(ZIPF, weight=1.0)},
+        {"auxiliary": replace(ZIPF, k_aux=1)},
+        {"auxiliary": replace(ZIPF, dead_after=4 * BATCH)},
+        {"auxiliary": replace(ZIPF, below=0.01)},
+        {"auxiliary": replace(ZIPF, claim="feature")},
+        {"auxiliary": replace(ZIPF, most_members=0.1)},
+        {"auxiliary": replace(ZIPF, curve=FeatureChoice(3, exponent=2.0, floor=1))},
+        {"objective": Matryoshka()},
+        {"anneal": AnnealK(8)},
+        {"resample": Resample(at=(0.5,))},
         {"clip": 0.01},
         {"warmup": 0.5},
         {"decay": 0.9},
@@ -244,21 +254,26 @@ def test_no_option_is_ignored(change, vectors):
             train_step(state, batch)
         return state.sae.encoder.detach()
 
-    usual = config(16, n_features=64, dead_after=2 * BATCH)
+    usual = config(16, n_features=64, auxiliary=ZIPF)
     assert torch.equal(run(usual), run(usual))
     assert not torch.equal(run(usual), run(replace(usual, **change)))
 
 
-def test_feature_choice_hands_out_ranks_by_density_now_and_then(vectors):
+def test_feature_choice_ranks_features_by_how_often_they_would_win(vectors):
     state = TrainState.start(config(12, rule=FeatureChoice(3, exponent=1.0), ranks_every=5), vectors)
-    by_index = list(range(48))
+    budgets = state.config.rule.budgets(BATCH, 48)
+    x = state.inputs(vectors[:BATCH])
+    wins = MutualChoice(3).encode(x - state.sae.b_dec, state.sae.encoder, state.sae.b_enc).feature_counts()
     for step in range(7):
-        if step == 2:  # from here on the last feature is the densest
-            state.density.average.copy_(torch.arange(48))
+        if step == 2:  # from here on the last feature wins most often
+            state.demand.average.copy_(torch.arange(48))
         report = train_step(state, vectors[:BATCH])
-        assert state.sae.rule.ranks.tolist() == (by_index if step < 5 else by_index[::-1])
-        budgets = state.config.rule.budgets(BATCH, 48)
-        assert torch.equal(torch.bincount(report.codes.features), budgets if step < 5 else budgets.flip(0))
+        ranks = state.sae.rule.ranks
+        if step < 5:
+            assert (wins[ranks.argsort()].diff() <= 0).all() and wins.unique().numel() > 5
+        else:
+            assert ranks.tolist() == list(range(48))[::-1]
+        assert torch.equal(torch.bincount(report.codes.features, minlength=48), budgets[ranks])
     assert state.config.rule.ranks is None
 
 
@@ -344,7 +359,7 @@ def test_sizes_that_nobody_set_follow_from_the_others():
     assert derived.dead_threshold == 50_000
     assert config(1).dead_threshold == BATCH
     assert config(tokens=10**9).dead_threshold == 10_000_000
-    assert config(dead_after=7).dead_threshold == 7
+    assert config(auxiliary=AuxK(dead_after=7)).dead_threshold == 7
     assert config(tokens=BATCH * 3 + 5).steps == 3
 
 
@@ -357,8 +372,11 @@ def test_sizes_that_nobody_set_follow_from_the_others():
         ({"tokens": 255}, "tokens=255 is less than one batch of 256; raise tokens, or lower batch_tokens"),
         ({"rule": TopK(48)}, "k=48 on 48 features would keep everything; choose k below the number of features"),
         ({"rule": MutualChoice(50)}, "k=50 on 48 features would keep everything"),
-        ({"rule": FeatureChoice(1), "n_features": 300}, "use a batch of at least 300 tokens"),
-        ({"rule": Threshold(0.5)}, "a Threshold is found by calibration, not by training; train TopK"),
+        ({"rule": Threshold(0.5)}, r"nothing would make .* sparse; train TopK.*JumpReLU"),
+        ({"rule": Threshold(0.5), "objective": Gated(3), "anneal": AnnealK(9)}, "Threshold has no k to anneal"),
+        ({"rule": Threshold(0.5), "objective": Gated(3), "then": ThenFeatureChoice()}, "no k to anneal or to hand on"),
+        ({"skip": True}, "skip connection from a Site to itself would explain everything; give site_out"),
+        ({"site_out": OTHER, "equal_norms": True}, "leave one of equal_norms and site_out away"),
     ],
 )
 def test_a_config_that_cannot_be_trained_is_refused_when_it_is_made(changes, message):

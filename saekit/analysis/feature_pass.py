@@ -254,7 +254,7 @@ class _Running:
         )
 
     def observe(self, batch: AddressedCodes, *, distinct_rows: bool, seed: int) -> None:
-        entries = (batch.codes.values > 0).nonzero()[:, 0]
+        entries = (batch.codes.values != 0).nonzero()[:, 0]
         feature, value = batch.codes.features[entries], batch.codes.values[entries].double()
         token = batch.codes.token_of_entry()[entries]
         document, position = batch.document.to(token.device)[token], batch.position.to(token.device)[token]

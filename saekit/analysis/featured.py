@@ -150,7 +150,7 @@ def _values_by_key(
     for item in batches:
         batch = AddressedCodes(*item)
         codes = batch.codes.to("cpu")
-        entries = (torch.isin(codes.features, wanted) & (codes.values > 0)).nonzero()[:, 0]
+        entries = (torch.isin(codes.features, wanted) & (codes.values != 0)).nonzero()[:, 0]
         token = codes.token_of_entry()[entries]
         keys.append(key_of(codes.features[entries], batch.document.cpu()[token], batch.position.cpu()[token]))
         values.append(codes.values[entries].detach().float())

@@ -21,9 +21,11 @@ from saekit.kernels.select import Selection
 _SUM_MODE = 0  # embedding_bag's code for mode="sum"
 
 
-def encode_entries(x: Tensor, w_enc: Tensor, b_enc: Tensor, selection: Selection) -> Float[Tensor, " nnz"]:
-    """The ReLU of the kept pre-activations, differentiable in `x`, `w_enc` and `b_enc`."""
-    return _EncodeEntries.apply(x, w_enc, b_enc, *selection)
+def encode_entries(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor, selection: Selection, *, relu: bool = True
+) -> Float[Tensor, " nnz"]:
+    """The kept pre-activations, or their ReLU, differentiable in `x`, `w_enc` and `b_enc`."""
+    return _EncodeEntries.apply(x, w_enc, b_enc, *selection, relu)
 
 
 def decode_rows(
@@ -87,9 +89,17 @@ def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, 
 class _EncodeEntries(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w_enc: Tensor, b_enc: Tensor, scores: Tensor, features: Tensor, row_starts: Tensor
+        ctx: Any,
+        x: Tensor,
+        w_enc: Tensor,
+        b_enc: Tensor,
+        scores: Tensor,
+        features: Tensor,
+        row_starts: Tensor,
+        relu: bool,
     ):
-        values = scores.relu()
+        values = scores.relu() if relu else scores.clone()
+        ctx.relu = relu
         ctx.save_for_backward(x, w_enc, values, features, row_starts)
         return values
 
@@ -97,7 +107,7 @@ class _EncodeEntries(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
         x, w_enc, values, features, row_starts = ctx.saved_tensors
-        grad = grad * (values > 0)
+        grad = grad * (values > 0) if ctx.relu else grad
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_b = None
         if need_x:
@@ -107,7 +117,7 @@ class _EncodeEntries(torch.autograd.Function):
             grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), len(w_enc))
         if need_b:
             grad_b = grad.new_zeros(len(w_enc)).index_add_(0, features, grad)
-        return grad_x, grad_w, grad_b, None, None, None
+        return grad_x, grad_w, grad_b, None, None, None, None
 
 
 class _DecodeRows(torch.autograd.Function):

@@ -1,13 +1,13 @@
 """Product and selection in one, block by block: the dense pre-activations never exist whole.
 
-Four selections, one per rule: the k largest of each row, the largest of the whole matrix, the largest
-of each column, and all above a threshold. Each returns which entries were kept and their
+One selection per rule: the k largest of each row (or of each group in it), the largest of the whole
+matrix, the largest of each column, and all above a threshold. Each returns which entries were kept and their
 pre-activations, in the order (token, feature); ties go to the larger value, then to the lower flat
 index `token * n_features + feature`, exactly as a stable sort of the whole matrix would have it.
 Selection has no gradient; `entries.encode_entries` attaches it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,13 +61,38 @@ def _by_token_then_feature(
 
 
 @torch.no_grad()
-def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> Selection:
-    """The k largest pre-activations of each token."""
+def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: bool = False) -> Selection:
+    """The k largest pre-activations of each token; `by_size` the largest whatever their sign."""
+
+    def chosen(block: Tensor) -> Tensor:
+        return top_of_last_dim(block.abs() if by_size else block, k)[1].sort(dim=1).values
+
+    return _same_number_per_row(x, w_enc, b_enc, k, chosen)
+
+
+@torch.no_grad()
+def top_of_groups(x: Tensor, w_enc: Tensor, b_enc: Tensor, n_groups: int) -> Selection:
+    """The largest pre-activation of each token in each of `n_groups` equal runs of neighbouring features."""
+    size = len(w_enc) // n_groups
+    first = torch.arange(0, len(w_enc), size, device=x.device)
+
+    def chosen(block: Tensor) -> Tensor:
+        # of equals the first, which argmax does not promise
+        groups = block.unflatten(1, (n_groups, size))
+        is_largest = groups == groups.amax(2, keepdim=True)
+        return first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
+
+    return _same_number_per_row(x, w_enc, b_enc, n_groups, chosen)
+
+
+def _same_number_per_row(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, chosen: Callable[[Tensor], Tensor]
+) -> Selection:
+    """`chosen` gives the `k` features of each row of a block, rising."""
     all_scores, all_features = [], []
     for _, block in _row_blocks(x, w_enc, b_enc):
-        scores, features = top_of_last_dim(block, k)
-        features, order = features.sort(dim=1)
-        all_scores.append(scores.gather(1, order).flatten())
+        features = chosen(block)
+        all_scores.append(block.gather(1, features).flatten())
         all_features.append(features.flatten())
     row_starts = torch.arange(0, k * len(x) + 1, k, device=x.device)
     return Selection(torch.cat(all_scores), torch.cat(all_features), row_starts)

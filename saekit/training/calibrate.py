@@ -29,16 +29,16 @@ def calibrate(sae: SAE, pool: Float[Tensor, "n_tokens d_model"]) -> Threshold:
         SaekitError: if the SAE's rule does not look across tokens and so needs no thresholds.
     """
     rule = sae.rule
-    centred, _ = sae.centre(pool)
+    prepared, _ = sae.prepare(pool)
     match rule:
         case MutualChoice():
-            kept = top_of_all(centred, sae.encoder, sae.b_enc, rule.k * len(pool))
+            kept = top_of_all(prepared, sae.encoder, sae.b_enc, rule.k * len(pool))
             lowest = kept.scores.min().expand(sae.n_features)
         case FeatureChoice():
             if rule.ranks is None:
-                rule = replace(rule, ranks=_ranks(sae, centred, rule))
+                rule = replace(rule, ranks=_ranks(sae, prepared, rule))
             budgets = rule.feature_budgets(len(pool), sae.n_features, pool.device)
-            kept = top_of_columns(centred, sae.encoder, sae.b_enc, budgets)
+            kept = top_of_columns(prepared, sae.encoder, sae.b_enc, budgets)
             lowest = _lowest_per_feature(kept, sae.n_features)
         case _:
             raise SaekitError(
@@ -54,8 +54,8 @@ def _lowest_per_feature(kept: Selection, n_features: int) -> Float[Tensor, " n_f
     return lowest.scatter_reduce_(0, kept.features, kept.scores, reduce="amin")
 
 
-def _ranks(sae: SAE, centred: Tensor, rule: FeatureChoice) -> Tensor:
+def _ranks(sae: SAE, prepared: Tensor, rule: FeatureChoice) -> Tensor:
     """Ranks by how often each feature would fire if all matches competed."""
-    density = RunningDensity.new(sae.n_features, device=centred.device)
-    density.observe(MutualChoice(rule.k).encode(centred, sae.encoder, sae.b_enc))
+    density = RunningDensity.new(sae.n_features, device=prepared.device)
+    density.observe(MutualChoice(rule.k).encode(prepared, sae.encoder, sae.b_enc))
     return density.ranks()

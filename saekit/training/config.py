@@ -1,13 +1,17 @@
 """What decides the weights of an SAE. Device, logging and paths are arguments of `train`, not of this."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from saekit.errors import SaekitError
+from saekit.losses import AuxK, AuxZipf
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.targets import Site
+from saekit.training.objectives import Objective, Reconstruction
+from saekit.training.resample import Resample
+from saekit.training.schedule import AnnealK, ThenFeatureChoice
 
-Auxiliary = Literal["zipf", "k", "none"]
 PreBias = Literal["median", "mean", "zero"]
 
 
@@ -17,10 +21,17 @@ class TrainConfig:
 
     Attributes:
         site: where the activations come from.
-        rule: which matches are kept.
+        rule: which matches are kept. `Threshold` only with an objective that finds its own sparsity.
         n_features: width of the dictionary.
         tokens: length of training.
         batch_tokens: tokens per step; also what batch rules share their budget over.
+        site_out: what is to be reconstructed, if not the input: then it is a transcoder.
+        skip: whether a transcoder has a linear connection past its features.
+        objective: what is asked beside the rule; see `saekit.training.objectives`.
+        auxiliary: which unused features are asked to explain the residual; None for none.
+        anneal: how k falls to that of the rule at the start of the run.
+        then: a second phase under Feature Choice.
+        resample: when dead features get new weights.
         seed: of the weights and of the order of the data.
         learning_rate: None derives it from the width, see `peak_lr`.
         warmup: share of the run over which the learning rate rises.
@@ -29,11 +40,6 @@ class TrainConfig:
             sums over dimensions, so that this bound acts on every step and means the same on every model.
         pre_bias: where `b_dec` starts: the geometric median or the mean of the first activations, or zero.
         equal_norms: scale every centred token to one norm before encoding.
-        auxiliary: which unused features are asked to explain the residual.
-        aux_weight: its weight, as a share of the main loss's scale.
-        k_aux: features asked per token; None is half of d_model.
-        dead_after: tokens without firing that make a feature dead; None is a twentieth of the run, at most 10 M.
-        under_used_below: for "zipf": share of the expected density under which a feature is under-used.
         ranks_every: steps between new ranks for `FeatureChoice`.
     """
 
@@ -42,6 +48,13 @@ class TrainConfig:
     n_features: int
     tokens: int
     batch_tokens: int = 1024
+    site_out: Site | None = None
+    skip: bool = False
+    objective: Objective = Reconstruction()
+    auxiliary: AuxZipf | AuxK | None = AuxZipf()
+    anneal: AnnealK | None = None
+    then: ThenFeatureChoice | None = None
+    resample: Resample | None = None
     seed: int = 0
     learning_rate: float | None = None
     warmup: float = 0.05
@@ -49,11 +62,6 @@ class TrainConfig:
     clip: float = 1.0
     pre_bias: PreBias = "median"
     equal_norms: bool = False
-    auxiliary: Auxiliary = "zipf"
-    aux_weight: float = 1 / 32
-    k_aux: int | None = None
-    dead_after: int | None = None
-    under_used_below: float = 0.5
     ranks_every: int = 100
 
     def __post_init__(self) -> None:
@@ -62,21 +70,50 @@ class TrainConfig:
                 f"tokens={self.tokens:,} is less than one batch of {self.batch_tokens:,}; "
                 "raise tokens, or lower batch_tokens"
             )
-        if isinstance(self.rule, Threshold):
+        if isinstance(self.rule, Threshold) and isinstance(self.objective, Reconstruction):
             raise SaekitError(
-                "a Threshold is found by calibration, not by training; train TopK, MutualChoice or FeatureChoice"
+                "nothing would make an SAE with a Threshold sparse; train TopK, MutualChoice or FeatureChoice, "
+                "or give an objective that finds its own sparsity (ReLUL1, Gated, JumpReLU)"
             )
-        if isinstance(self.rule, TopK | MutualChoice | FeatureChoice) and self.rule.k >= self.n_features:
+        if self.k is not None and self.k >= self.n_features:
             raise SaekitError(
-                f"k={self.rule.k} on {self.n_features:,} features would keep everything; "
+                f"k={self.k} on {self.n_features:,} features would keep everything; "
                 "choose k below the number of features"
             )
-        if isinstance(self.rule, FeatureChoice):
-            self.rule.budgets(self.batch_tokens, self.n_features)  # refuses a batch too small for it
+        if self.site_out is None and self.skip:
+            raise SaekitError("a skip connection from a Site to itself would explain everything; give site_out too")
+        if self.site_out is not None and self.equal_norms:
+            raise SaekitError(
+                "equal_norms brings a token back to its own norm, which a transcoder's output does not share; "
+                "leave one of equal_norms and site_out away"
+            )
+        if (self.anneal or self.then) and self.k is None:
+            raise SaekitError(
+                f"{type(self.rule).__name__} has no k to anneal or to hand on; "
+                "train TopK, MutualChoice or FeatureChoice"
+            )
+
+    @property
+    def k(self) -> int | None:
+        """Mean number of active features per token that the rule grants; None if it grants none."""
+        return self.rule.k if isinstance(self.rule, TopK | MutualChoice | FeatureChoice) else None
 
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
+
+    def pool_starting_at(self, step: int) -> int:
+        """How many batches, from this step on, Feature Choice shares its budgets over; 0 where no pool begins.
+
+        As many as the rarest feature needs to be granted one token, or as many as the second phase asks for.
+        """
+        if isinstance(self.rule, FeatureChoice):
+            size, since = math.ceil(self.rule.smallest_batch(self.n_features) / self.batch_tokens), step
+        elif self.then and step >= self.then.first_step(self.steps):
+            size, since = self.then.pool, step - self.then.first_step(self.steps)
+        else:
+            return 0
+        return size if size > 1 and since % size == 0 else 0
 
     @property
     def peak_lr(self) -> float:
@@ -90,13 +127,19 @@ class TrainConfig:
 
     @property
     def dead_threshold(self) -> int:
-        """Tokens without firing after which a feature counts as dead."""
-        if self.dead_after is not None:
-            return self.dead_after
+        """Tokens without firing after which a feature counts as dead: a twentieth of the run, at most 10 M."""
+        if self.auxiliary is not None and self.auxiliary.dead_after is not None:
+            return self.auxiliary.dead_after
         return min(10_000_000, max(self.tokens // 20, self.batch_tokens))
 
     def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at this step: rises, stays, falls to zero."""
+        """Share of the peak learning rate at this step: rises, stays, falls to zero; rises anew with a second phase."""
         rise = (step + 1) / max(1.0, self.warmup * self.steps)
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(1.0, rise, fall)
+        return min(1.0, rise, fall) * self._rewarm(step)
+
+    def _rewarm(self, step: int) -> float:
+        if self.then is None or step < self.then.first_step(self.steps):
+            return 1.0
+        since = step - self.then.first_step(self.steps) + 1
+        return min(1.0, since / max(1, self.then.rewarm))

@@ -1,14 +1,19 @@
 """Training SAEs from a source of activations: the loop and nothing else."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import islice
+from types import NoneType
+from typing import Any
 
 import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.errors import DataError, SaekitError
-from saekit.sae import SAE, SAEConfig, with_metadata
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig, with_metadata
+from saekit.selection import FeatureChoice
 from saekit.targets import Site
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
@@ -44,32 +49,49 @@ def train(
     """
     first = _check(configs, source)
     stream = source.stream(first.batch_tokens, seed=first.seed)
-    head = list(islice(stream, max(1, SAMPLE_TOKENS // first.batch_tokens)))
+    ahead = deque(islice(stream, max(1, SAMPLE_TOKENS // first.batch_tokens)))
     states = [
-        TrainState.start(config, _vectors(head, config.site), cfg=_cfg(config, source, model_name, context_size))
+        TrainState.start(
+            config,
+            _vectors(ahead, config.site),
+            _vectors(ahead, config.site_out) if config.site_out else None,
+            cfg=_cfg(config, source, model_name, context_size),
+        )
         for config in configs
     ]
-    pending = iter(head)
     for step in range(1, first.steps + 1):
-        batches = next(pending, None) or next(stream)
-        reports = [train_step(state, batches[state.config.site].vectors.to(state.sae.b_dec.device)) for state in states]
+        for _ in range(max([1, *(config.pool_starting_at(step - 1) for config in configs)]) - len(ahead)):
+            ahead.append(next(stream))
+        reports = [_step(state, ahead) for state in states]
+        ahead.popleft()
         on_step(step, reports)
         if step % 50 == 0 or step == first.steps:
             _check_finite(states, reports, step)
-    n_pool = max(1, CALIBRATION_TOKENS // first.batch_tokens)
-    needs_pool = any(config.rule.looks_across_tokens for config in configs)
-    pool = list(islice(stream, n_pool)) if needs_pool else []
-    return [_finish(state, pool) for state in states]
+    return [_finish(state, stream) for state in states]
 
 
-def _finish(state: TrainState, pool: Sequence[Mapping[Site, ActivationBatch]]) -> SAE:
-    sae = state.finished()
+def _step(state: TrainState, ahead: Sequence[Mapping[Site, ActivationBatch]]) -> Report:
+    """One step on the first of the batches `ahead`; the others are looked at where budgets are pooled."""
+    config, device = state.config, state.sae.b_dec.device
+    n_pool = config.pool_starting_at(state.step)
+    return train_step(
+        state,
+        ahead[0][config.site].vectors.to(device),
+        ahead[0][config.site_out].vectors.to(device) if config.site_out else None,
+        pool=_vectors(list(islice(ahead, n_pool)), config.site).to(device) if n_pool else None,
+    )
+
+
+def _finish(state: TrainState, stream: Iterator[Mapping[Site, ActivationBatch]]) -> SAE:
+    sae, config = state.finished(), state.config
     if sae.rule.looks_across_tokens:
-        sae.rule = calibrate(sae, _vectors(pool, state.config.site))
+        least = sae.rule.smallest_batch(sae.n_features) if isinstance(sae.rule, FeatureChoice) else 1
+        n_pool = -(-max(CALIBRATION_TOKENS, least) // config.batch_tokens)
+        sae.rule = calibrate(sae, _vectors(list(islice(stream, n_pool)), config.site).to(sae.b_dec.device))
     return sae
 
 
-def _vectors(batches: Sequence[Mapping[Site, ActivationBatch]], site: Site) -> torch.Tensor:
+def _vectors(batches: Iterable[Mapping[Site, ActivationBatch]], site: Site) -> torch.Tensor:
     return torch.cat([batch[site].vectors for batch in batches])
 
 
@@ -80,10 +102,15 @@ def _cfg(config: TrainConfig, source: ActivationSource, model_name: str, context
         hook_name=str(config.site),
         model_name=model_name,
         context_size=context_size,
-        equal_norms=config.equal_norms,
     )
-    recipe = asdict(config) | {"site": str(config.site), "rule": repr(config.rule), "learning_rate": config.peak_lr}
-    return with_metadata(cfg, training=recipe)
+    return with_metadata(cfg, training=recipe(config))
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """A config as a file can hold it: numbers and names as they are, everything else as it prints."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)} | {"learning_rate": config.peak_lr}
+    plain = (bool, int, float, str, NoneType)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
 def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainConfig:
@@ -96,10 +123,11 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
                 "SAEs trained together read the same stream, but their configs differ in tokens, batch_tokens or seed; "
                 "make these equal, or train them one after the other"
             )
-        if config.site not in source.widths:
-            raise SaekitError(
-                f"the source supplies {', '.join(map(str, source.widths))}, not {config.site}; harvest that Site too"
-            )
+        for site in (config.site, config.site_out):
+            if site is not None and site not in source.widths:
+                raise SaekitError(
+                    f"the source supplies {', '.join(map(str, source.widths))}, not {site}; harvest that Site too"
+                )
     return first
 
 

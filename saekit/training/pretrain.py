@@ -40,10 +40,10 @@ class PretrainConfig:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int = 4
-    d_mlp: int = 512
-    context: int = 256
-    tokens: int = 18_000_000
-    batch_tokens: int = 4096
+    d_mlp: int = 608
+    context: int = 512
+    tokens: int = 44_000_000
+    batch_tokens: int = 8192
     hidden_lr: float = 8e-3
     """Muon's learning rate, in Adam's units (updates scaled to Adam's usual size)."""
     other_lr: float = 4e-3

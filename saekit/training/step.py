@@ -3,18 +3,27 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.codes import SparseCodes
-from saekit.density import RunningDensity
+from saekit.density import RunningDensity, dead
 from saekit.errors import DataError
-from saekit.losses import aux_k_loss, aux_zipf_loss, fvu, summed_mse
-from saekit.sae import SAE, SAEConfig
-from saekit.selection import FeatureChoice
+from saekit.losses import AuxK, aux_k_loss, aux_zipf_loss, fvu
+from saekit.normalisation import EqualNorms, Plain
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
+from saekit.training.resample import resample
 
 Vectors = Float[Tensor, "n_tokens d_model"]
+Targets = Float[Tensor, "n_tokens d_out"]
+Pool = Float[Tensor, "n_pool d_model"]
+
+# steps between looks at which features would win if all matches competed; each costs one encoder product
+DEMAND_EVERY = 10
 
 
 @dataclass(slots=True)
@@ -22,56 +31,84 @@ class TrainState:
     """The one mutable object of training.
 
     Attributes:
-        sae: the weights, for inputs that have been multiplied by `input_scale`.
-        optimizer: Adam and its moments.
+        sae: the weights, for inputs `vectors * input_scale - input_centre` and outputs `targets * output_scale`.
+        extra: what the objective trains beside the SAE's weights.
+        optimizer: Adam and its moments, over both.
         density: how often each feature has fired lately.
-        input_scale: brings activations to unit variance per dimension.
+        demand: how often each would if all matches competed; ranks Feature Choice's budgets.
+        rule: which matches are kept in this phase of the run; `sae.rule` is what that means at this step.
+        input_scale, output_scale: bring activations to unit variance per dimension.
+        input_centre: of a transcoder, whose `b_dec` is the output's; zero for an autoencoder.
+        ranks: places of the features on Feature Choice's curve, until the next look at `demand`.
+        pooled: steps for which the cuts of the last pool still hold.
         step: steps taken.
     """
 
     config: TrainConfig
     sae: SAE
+    extra: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     density: RunningDensity
+    demand: RunningDensity
+    rule: SelectionRule
     input_scale: float
+    output_scale: float
+    input_centre: Float[Tensor, " d_model"]
+    ranks: Int[Tensor, " n_features"] | None = None
+    pooled: int = 0
     step: int = 0
 
     @classmethod
-    def start(cls, config: TrainConfig, sample: Vectors, *, cfg: SAEConfig | None = None) -> "TrainState":
-        """Seeded weights, with pre-bias and input scale read off a sample of activations."""
-        d_model = sample.shape[1]
-        # not by their spread: the mean of equal numbers differs from them by rounding
-        if bool((sample == sample[0]).all()):
-            raise DataError(
-                f"all {len(sample):,} activations at {config.site} are equal; there is nothing to learn; check the Site"
-            )
-        centre = _centre(config, sample)
-        spread = (sample - centre).square().sum(1).mean().sqrt()
-        input_scale = float(d_model**0.5 / spread)
-        cfg = replace(
-            cfg or SAEConfig(d_in=d_model, d_sae=config.n_features, hook_name=str(config.site)),
-            equal_norms=config.equal_norms,
-        )
-        sae = SAE(d_model, config.n_features, config.rule, cfg=cfg)
-        sae.initialise(torch.Generator().manual_seed(config.seed))
+    def start(
+        cls, config: TrainConfig, sample: Vectors, targets: Targets | None = None, *, cfg: SAEConfig | None = None
+    ) -> "TrainState":
+        """Seeded weights, with biases and scales read off a sample of activations (and of targets)."""
+        input_scale, centre_in = _scale_and_centre(config, sample)
+        output_scale, centre_out = (input_scale, centre_in) if targets is None else _scale_and_centre(config, targets)
+        sae = _new_sae(config, sample, targets, cfg)
         with torch.no_grad():
-            sae.b_dec.copy_(centre * input_scale)
-        sae.to(sample.device)
-        return cls(
+            sae.b_dec.copy_(centre_out)
+        horizon = max(config.tokens / 10, 20.0 * config.batch_tokens)
+        state = cls(
             config=config,
             sae=sae,
-            optimizer=torch.optim.Adam(
-                sae.parameters(), lr=config.peak_lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True
-            ),
-            density=RunningDensity.new(
-                config.n_features, horizon=max(config.tokens / 10, 20.0 * config.batch_tokens), device=sample.device
-            ),
+            extra={},
+            optimizer=torch.optim.Adam(sae.parameters(), lr=config.peak_lr),
+            density=RunningDensity.new(config.n_features, horizon=horizon, device=sample.device),
+            demand=RunningDensity.new(config.n_features, horizon=horizon / DEMAND_EVERY, device=sample.device),
+            rule=config.rule,
             input_scale=input_scale,
+            output_scale=output_scale,
+            input_centre=torch.zeros_like(centre_in) if targets is None else centre_in,
         )
+        extra = config.objective.extra(sae, state.inputs(sample))
+        state.extra = {name: nn.Parameter(start) for name, start in extra.items()}
+        state.optimizer = torch.optim.Adam(
+            state.trained(), lr=config.peak_lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True
+        )
+        return state
+
+    def trained(self) -> list[nn.Parameter]:
+        """Everything that the optimiser moves."""
+        return [*self.sae.parameters(), *self.extra.values()]
+
+    def inputs(self, vectors: Vectors) -> Vectors:
+        """Activations in the units of training."""
+        return vectors * self.input_scale - self.input_centre
 
     def finished(self) -> SAE:
         """A copy of the SAE in the units of the model's own activations."""
-        return self.sae.rescaled(1 / self.input_scale)
+        rule = self.rule
+        if isinstance(rule, FeatureChoice) and rule.ranks is None:
+            rule = replace(rule, ranks=self.ranks)
+        sae = self.config.objective.finished(self.sae.with_rule(rule), self.extra)
+        finished = sae.rescaled(1 / self.input_scale, out_scale=1 / self.output_scale)
+        centre = self.input_centre / self.input_scale
+        with torch.no_grad():
+            finished.b_enc.sub_(finished.encoder @ centre)
+            if finished.skip is not None:
+                finished.b_dec.sub_(finished.skip @ centre)
+        return finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +128,42 @@ class Report:
     auxiliary: Float[Tensor, ""]
 
 
-def measure(state: TrainState, vectors: Vectors) -> Report:
-    """Pure: safe to call for logging, evaluation or training, any number of times."""
-    x = vectors * state.input_scale
-    codes = state.sae.encode(x)
-    x_hat = state.sae.decode(codes)
-    auxiliary = _auxiliary(state, x, codes)
-    main = summed_mse(x, x_hat)
-    # the auxiliary loss is 1 for a useless explanation, the main one d_model for a useless reconstruction
-    loss = main + state.config.aux_weight * state.sae.d_model * auxiliary
+def measure(state: TrainState, vectors: Vectors, targets: Targets | None = None) -> Report:
+    """Pure: safe to call for logging, evaluation or training, any number of times.
+
+    Args:
+        targets: what a transcoder is to give for each vector; None for an autoencoder.
+    """
+    x = state.inputs(vectors)
+    y = x if targets is None else targets * state.output_scale
+    codes, y_hat, main = state.config.objective.measure(state.sae, state.extra, x, y)
+    auxiliary = _auxiliary(state, x, codes, (y - y_hat).detach())
+    weight = 0.0 if state.config.auxiliary is None else state.config.auxiliary.weight
+    # the auxiliary loss is 1 for a useless explanation, the main one d_out for a useless reconstruction
+    loss = main + weight * state.sae.d_out * auxiliary
     with torch.no_grad():
-        unexplained = fvu(x, x_hat)
+        unexplained = fvu(y, y_hat)
     return Report(codes, loss, unexplained, auxiliary)
 
 
-def train_step(state: TrainState, vectors: Vectors) -> Report:
-    """Take one optimiser step on a batch of activations in the model's own units."""
+def train_step(
+    state: TrainState, vectors: Vectors, targets: Targets | None = None, *, pool: Pool | None = None
+) -> Report:
+    """Take one optimiser step on a batch of activations in the model's own units.
+
+    Args:
+        targets: what a transcoder is to give for each vector; None for an autoencoder.
+        pool: the vectors of this and the next steps, which Feature Choice shares its budgets over from now
+            on; without one, or when its steps are over, each batch shares its own.
+    """
     config, sae = state.config, state.sae
-    if isinstance(config.rule, FeatureChoice) and state.step % config.ranks_every == 0:
-        sae.rule = replace(config.rule, ranks=state.density.ranks())
-    report = measure(state, vectors)
+    _choose_rule(state, vectors, pool)
+    if config.resample and config.resample.is_due(state.step, config.steps):
+        _resample(state, vectors, targets)
+    report = measure(state, vectors, targets)
     report.loss.backward()
     sae.project_decoder_gradient()
-    nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+    nn.utils.clip_grad_norm_(state.trained(), config.clip)
     for group in state.optimizer.param_groups:
         group["lr"] = config.peak_lr * config.lr_factor(state.step)
     state.optimizer.step()
@@ -124,23 +174,78 @@ def train_step(state: TrainState, vectors: Vectors) -> Report:
     return report
 
 
-def _auxiliary(state: TrainState, x: Vectors, codes: SparseCodes) -> Float[Tensor, ""]:
-    config = state.config
-    k_aux = config.k_aux or max(1, state.sae.d_model // 2)
-    # until a feature has had the time to fire, nobody is dead or under-used
-    if config.auxiliary == "none" or state.step * config.batch_tokens <= config.dead_threshold:
-        return x.new_zeros(())
-    if config.auxiliary == "k":
-        return aux_k_loss(state.sae, x, codes, density=state.density, k_aux=k_aux, dead_after=config.dead_threshold)
-    return aux_zipf_loss(
+@torch.no_grad()
+def _choose_rule(state: TrainState, vectors: Vectors, pool: Pool | None) -> None:
+    """Set what the rule of this phase of the run means at this step."""
+    config, sae = state.config, state.sae
+    if config.then and state.step == config.then.first_step(config.steps) and config.k is not None:
+        state.rule = config.then.rule(config.k, state.density)
+    rule = state.rule
+    if config.anneal and isinstance(rule, TopK | MutualChoice | FeatureChoice):
+        rule = replace(rule, k=config.anneal.k(rule.k, state.step / config.steps))
+    if isinstance(rule, FeatureChoice) and rule.ranks is None and rule.exponent > 0:
+        if state.step % DEMAND_EVERY == 0:
+            prepared, _ = sae.prepare(state.inputs(vectors))
+            state.demand.observe(MutualChoice(rule.k).encode(prepared, sae.encoder, sae.b_enc))
+        if state.ranks is None or state.step % config.ranks_every == 0:
+            state.ranks = state.demand.ranks()
+        rule = replace(rule, ranks=state.ranks)
+    if isinstance(rule, FeatureChoice) and pool is not None:
+        state.pooled = len(pool) // len(vectors)
+        sae.rule = calibrate(sae.with_rule(rule), state.inputs(pool))
+    elif state.pooled <= 0:
+        sae.rule = rule
+    state.pooled -= 1
+
+
+def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> None:
+    x = state.inputs(vectors)
+    resampled = resample(
         state.sae,
+        state.optimizer,
         x,
-        codes,
-        density=state.density,
-        k_aux=k_aux,
-        dead_after=config.dead_threshold,
-        below=config.under_used_below,
+        x if targets is None else targets * state.output_scale,
+        dead(state.density.tokens_since_fired, after=state.config.dead_threshold),
+        encoder_norm=state.config.resample.encoder_norm if state.config.resample else 1.0,
+        seed=state.config.seed * 1_000_003 + state.step,
     )
+    state.density.tokens_since_fired[resampled] = 0
+
+
+def _auxiliary(state: TrainState, x: Vectors, codes: SparseCodes, residual: Targets) -> Float[Tensor, ""]:
+    config = state.config
+    # until a feature has had the time to fire, nobody is dead or under-used
+    if config.auxiliary is None or state.step * config.batch_tokens <= config.dead_threshold:
+        return x.new_zeros(())
+    options = replace(config.auxiliary, dead_after=config.dead_threshold)
+    if isinstance(options, AuxK):
+        return aux_k_loss(state.sae, x, codes, density=state.density, options=options, residual=residual)
+    return aux_zipf_loss(state.sae, x, codes, density=state.density, options=options, residual=residual)
+
+
+def _new_sae(config: TrainConfig, sample: Vectors, targets: Targets | None, cfg: SAEConfig | None) -> SAE:
+    d_model = sample.shape[1]
+    cfg = cfg or SAEConfig(d_in=d_model, d_sae=config.n_features, hook_name=str(config.site))
+    cfg = replace(cfg, normalisation=EqualNorms() if config.equal_norms else Plain())
+    if targets is not None:
+        out = str(config.site_out or "")
+        cfg = replace(cfg, d_out=targets.shape[1], hook_name_out=out, apply_b_dec_to_input=False)
+    sae = SAE(d_model, config.n_features, config.rule, skip=config.skip, cfg=cfg)
+    sae.initialise(torch.Generator().manual_seed(config.seed))
+    return sae.to(sample.device)
+
+
+def _scale_and_centre(config: TrainConfig, sample: Vectors) -> tuple[float, Float[Tensor, " d_model"]]:
+    """What brings activations to unit variance per dimension, and where their middle is afterwards."""
+    # not by their spread: the mean of equal numbers differs from them by rounding
+    if bool((sample == sample[0]).all()):
+        raise DataError(
+            f"all {len(sample):,} activations at {config.site} are equal; there is nothing to learn; check the Site"
+        )
+    centre = _centre(config, sample)
+    spread = (sample - centre).square().sum(1).mean().sqrt()
+    scale = float(sample.shape[1] ** 0.5 / spread)
+    return scale, centre * scale
 
 
 def _centre(config: TrainConfig, sample: Vectors) -> Float[Tensor, " d_model"]:

@@ -1,0 +1,63 @@
+"""Gated SAEs (Rajamanoharan et al., arXiv 2404.16014): one set of directions decides who is active and how much.
+
+    gate       = u @ W_enc + b_gate                      active where positive
+    magnitude  = (u @ W_enc) * exp(r) + b_enc            ReLU of it is the activation
+    loss       = |y - y_hat|^2 + weight * sum(relu(gate)) + |y - decode'(relu(gate))|^2
+
+`decode'` is the decoder as a constant. Since gate and magnitude share directions, the trained SAE is a
+JumpReLU SAE, and is handed out as one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saekit.codes import SparseCodes
+from saekit.kernels.entries import decode_rows, encode_entries
+from saekit.kernels.select import above
+from saekit.losses import summed_mse
+from saekit.sae import SAE
+from saekit.selection import Threshold
+from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors, held_to, start_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """The L1 penalty shrinks the gate and leaves the magnitude alone.
+
+    Attributes:
+        k: mean number of active features per token to aim at.
+    """
+
+    k: int
+
+    def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
+        per_feature = torch.zeros_like(sae.b_enc)
+        return {"b_gate": per_feature, "r_mag": per_feature.clone(), "log_weight": start_weight(sample)}
+
+    def measure(self, sae: SAE, extra: Extra, x: Vectors, y: Targets) -> Measured:
+        prepared, scale = sae.prepare(x)
+        b_gate = extra["b_gate"]
+        open_gates = above(prepared, sae.encoder, b_gate, torch.zeros_like(b_gate))
+        features = open_gates.features
+        gate = encode_entries(prepared, sae.encoder, b_gate, open_gates)
+        magnitude = ((gate - b_gate[features]) * extra["r_mag"][features].exp() + sae.b_enc[features]).relu()
+        codes = SparseCodes(magnitude, features, open_gates.row_starts, sae.n_features)
+        gates = codes.with_values(gate)
+        if scale is not None:
+            per_entry = scale[:, 0][codes.token_of_entry()]
+            codes, gates = codes.with_values(magnitude * per_entry), codes.with_values(gate * per_entry)
+        y_hat = sae.decode(codes, x)
+        by_gate = decode_rows(gates.values, features, gates.row_starts, sae.decoder.detach()) + sae.b_dec.detach()
+        penalty = gates.values.sum() / len(x)
+        loss = summed_mse(y, y_hat) + summed_mse(y, by_gate)
+        return Measured(codes, y_hat, loss + held_to(self.k, codes, extra["log_weight"], penalty))
+
+    @torch.no_grad()
+    def finished(self, sae: SAE, extra: Extra) -> SAE:
+        gain = extra["r_mag"].exp()
+        # the gate is open where (u @ W_enc) * gain + b_enc exceeds this
+        other = sae.with_rule(Threshold(sae.b_enc - gain * extra["b_gate"])).rescaled(1.0)
+        other.encoder.mul_(gain[:, None])
+        return other

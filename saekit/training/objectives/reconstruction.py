@@ -1,0 +1,25 @@
+"""The rule decides sparsity, so reconstruction is all that is asked."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from saekit.losses import summed_mse
+from saekit.sae import SAE
+from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Squared error of the reconstruction: for TopK, Feature Choice and Mutual Choice."""
+
+    def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
+        return {}
+
+    def measure(self, sae: SAE, extra: Extra, x: Vectors, y: Targets) -> Measured:
+        codes = sae.encode(x)
+        y_hat = sae.decode(codes, x)
+        return Measured(codes, y_hat, summed_mse(y, y_hat))
+
+    def finished(self, sae: SAE, extra: Extra) -> SAE:
+        return sae
