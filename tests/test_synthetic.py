@@ -192,6 +192,12 @@ def test_the_same_config_gives_the_same_truth_and_another_seed_another():
     assert not torch.equal(first.firing.gate, other.firing.gate)
 
 
+def test_an_untrained_sae_of_the_same_seed_knows_nothing_of_the_truth():
+    truth = synthetic_truth(replace(PLAIN, seed=0))
+    untrained = torch.randn(40, 12, generator=generator(0))
+    assert float(torch.nn.functional.cosine_similarity(untrained, truth.directions).abs().mean()) < 0.5
+
+
 def test_without_noise_spread_and_superposition_a_vector_is_its_features():
     config = SyntheticConfig(d_model=8, n_features=3, l0=1.0, spread=0.0, noise=0.0)
     truth = synthetic_truth(config)

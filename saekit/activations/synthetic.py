@@ -28,6 +28,8 @@ from saekit.errors import DataError, SaekitError
 from saekit.kernels.entries import decode_rows
 from saekit.targets import Site
 
+# where synthetic activations come from, for configs that must name a Site
+SYNTHETIC = Site("synthetic")
 # tokens are drawn in blocks, each from its own seed, so that any of them can be drawn again
 BLOCK_TOKENS = 4096
 # a parent is at most this many times nearer to the top than its child, so that the child explains some of it
@@ -144,7 +146,7 @@ class SyntheticSource:
     """
 
     truth: SyntheticTruth
-    site: Site = Site("synthetic")
+    site: Site = SYNTHETIC
 
     @property
     def widths(self) -> dict[Site, int]:
@@ -191,14 +193,12 @@ class SyntheticSource:
         return ActivationBatch(vectors, number, nothing, nothing, nothing, nothing.bool())
 
     def _generator(self, block: int, seed: int) -> torch.Generator:
-        # torch's generator reads 32 bits of its seed, so all three numbers are hashed into them
-        entropy = [self.truth.config.seed & (2**63 - 1), seed & (2**63 - 1), block]
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        return _hashed_generator(self.truth.config.seed, seed, block)
 
 
 def synthetic_truth(config: SyntheticConfig) -> SyntheticTruth:
     """Draw directions, parents and mean. The same config gives the same truth, bit by bit."""
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = _hashed_generator(config.seed)
     directions = torch.randn(config.n_features, config.d_model, generator=generator)
     firing = _firing_law(config, generator)
     signs = torch.randint(2, (config.d_model,), generator=generator) * 2.0 - 1
@@ -210,6 +210,16 @@ def synthetic_truth(config: SyntheticConfig) -> SyntheticTruth:
         firing=firing,
         mean=signs * size * _deviation(config, firing.density),
     )
+
+
+def _hashed_generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for these numbers.
+
+    Not seeded with a number itself: an SAE of the same seed would begin with the very directions that it is
+    to find. And torch reads only 32 bits of a seed, which therefore must depend on all numbers.
+    """
+    entropy = [number & (2**63 - 1) for number in numbers]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def _deviation(config: SyntheticConfig, density: Tensor) -> float:
