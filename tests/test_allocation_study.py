@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, study
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
-from saekit.errors import FileError, SaekitError
+from saekit.errors import DataError, FileError, SaekitError
 from saekit.selection import FeatureChoice, Threshold
 from saekit.training import loop
 
@@ -202,6 +203,19 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     assert study.main() == 0
     assert len(ran) == 1
     assert len(results.read(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "error, said", [(DataError("the loss is nan"), "the loss is nan"), (BrokenProcessPool(), "killed")]
+)
+def test_a_run_that_fails_leaves_no_row_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys, error, said):
+    def fail(run, shared):
+        raise error
+
+    monkeypatch.setattr(study, "in_own_process", fail)
+    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", tmp_path)
+    assert results.read(tmp_path / "r.csv") == []
+    assert said in capsys.readouterr().err
 
 
 def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,14 +42,31 @@ def main() -> int:
         if pending and not tests_pass():
             note("the tests are red, so no number would mean anything; make them pass first")
             return 1
-        for number, run in enumerate(pending, start=1):
-            note(f"[{number}/{len(pending)}] {run}")
-            results.append(out, in_own_process(run, options.shared))
+        failed = sum(
+            not finish(run, number, len(pending), out, options.shared) for number, run in enumerate(pending, 1)
+        )
         plots.write_all(results.read(out), out.with_suffix(""))
     except SaekitError as error:
         note(f"Error: {error}")
         return 1
-    return 0
+    if failed:
+        note(f"{failed} runs failed and have no row; they are tried again next time")
+    return 1 if failed else 0
+
+
+def finish(run: runs.Run, number: int, of: int, out: Path, shared: Path) -> bool:
+    """Do a run and add its row. One that diverges or is killed must not stop hours of others; it is False."""
+    note(f"[{number}/{of}] {run}")
+    try:
+        row = in_own_process(run, shared)
+    except SaekitError as error:
+        note(f"failed: {error}")
+        return False
+    except BrokenProcessPool:
+        note("failed: its process was killed; was there too little memory?")
+        return False
+    results.append(out, row)
+    return True
 
 
 def parse() -> argparse.Namespace:
