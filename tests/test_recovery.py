@@ -257,4 +257,5 @@ def test_the_perfect_sae_is_measured_as_perfect():
         sae.encoder.copy_(torch.eye(16))
         sae.decoder.copy_(torch.eye(16))
     found = measure_recovery(sae, SyntheticSource(truth=truth), n_tokens=5000, seed=9)
+    assert found.n_tokens == 5000
     assert (found.matched_cosine, found.precision, found.recall, found.f1) == (1, 1, 1, 1)

@@ -31,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.activations.firing import UNGATED
+from saekit.activations.harvest import take
 from saekit.activations.synthetic import SyntheticSource, SyntheticTruth
 from saekit.analysis.matching import Matching, match_directions, nearest
 from saekit.codes import SparseCodes
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 N_BANDS = 4
+_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +154,11 @@ def measure_recovery(
     Args:
         seed: of the tokens; another one than that of training, so that they are unseen.
     """
-    batch_tokens = min(4096, n_tokens)
-    stream = source.stream(batch_tokens, seed=seed)
+    unseen = take(source.stream(_BATCH_TOKENS, seed=seed), n_tokens, source.site)
 
     def pairs() -> Iterator[tuple[SparseCodes, SparseCodes]]:
-        for _ in range(n_tokens // batch_tokens):
-            batch = next(stream)[source.site]
+        for part in torch.arange(n_tokens).split(_BATCH_TOKENS):
+            batch = unseen.select(part)
             yield source.codes(batch.document, seed=seed), sae.encode(batch.vectors.to(sae.b_dec.device)).to("cpu")
 
     return recovery(source.truth, sae.W_dec.cpu(), pairs(), above=above)
