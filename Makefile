@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench clean
+.PHONY: help .venv demo test check bench bench-allocation clean
 
 help:
 	@echo 'make demo    bundled model -> SAE -> evaluation -> a page of features'
 	@echo 'make test    every test and notebook'
 	@echo 'make check   format, lint and types'
 	@echo 'make bench   the bundled model beside a trigram and lzma'
+	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 ten minutes'
 	@echo 'make .venv   only set up; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean   remove .venv and everything that was built'
 
@@ -40,6 +41,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
+
+bench-allocation: $(READY)
+	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

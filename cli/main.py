@@ -25,6 +25,7 @@ from .doctor import Doctor
 from .evaluate import Eval
 from .export import Export
 from .pretrain import Pretrain
+from .stability import Stability
 from .train import Train
 
 
@@ -40,6 +41,7 @@ COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "train": Train,
     "eval": Eval,
+    "stability": Stability,
     "export": Export,
     "pretrain": Pretrain,
     "doctor": Doctor,

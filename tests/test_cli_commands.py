@@ -1,6 +1,7 @@
 """The commands that do the work, in process, on a tiny model in a temporary folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,44 @@ def test_eval_reads_no_more_rows_than_asked_and_none_that_training_saw(place, tm
     for asked, read in (("5", 5), ("100", 20)):
         assert main(["eval", str(tmp_path / "sae"), "--rows", asked, "--json"]) == 0
         assert facts_of(capsys)["predicted"] == read * 31
+
+
+def test_stability_compares_what_fires_and_without_rows_everything(place, tmp_path, capsys):
+    for name, seed in (("a", "3"), ("b", "4")):
+        assert main(train_arguments(place, tmp_path / name, "--seed", seed)) == 0
+    capsys.readouterr()
+    folders = [str(tmp_path / name) for name in "aab"]
+    assert main(["stability", *folders, "--rows", "0", "--json"]) == 0
+    facts = facts_of(capsys)
+    assert facts["saes"] == folders
+    assert facts["compared_features"] == [64, 64, 64]
+    assert facts["bands"] == []
+    same, *others = facts["pairs"]
+    assert (same["first"], same["second"], same["shared_90"]) == (folders[0], folders[1], 1)
+    assert all(pair["shared_90"] < 1 for pair in others)
+    assert facts["shared_90"] == pytest.approx(sum(pair["shared_90"] for pair in facts["pairs"]) / 3)
+    assert main(["stability", *folders, "--json"]) == 0
+    facts = facts_of(capsys)
+    # few features of so short a training fire on all rows; none that does not is compared
+    fired = [band["n_features"] for band in facts["bands"]]
+    assert sum(fired) == 2 * facts["compared_features"][0] + facts["compared_features"][1]
+    assert main(["eval", folders[0], "--json"]) == 0
+    dead = round(64 * facts_of(capsys)["dead_fraction"])
+    assert facts["compared_features"][0] == 64 - dead
+    assert main(["stability", *folders]) == 0
+    assert "shared_70" in capsys.readouterr().out
+
+
+def test_stability_refuses_what_has_nothing_to_compare(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "a")) == 0
+    assert main(train_arguments(place, tmp_path / "b", "--site", "layers.0")) == 0
+    capsys.readouterr()
+    assert main(["stability", str(tmp_path / "a")]) == 1
+    assert "got 1, give at least 2 folders" in capsys.readouterr().err
+    assert main(["stability", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert re.search(
+        r"b reads layers\.0:out of .*, .*a layers\.1:out of .*; compare SAEs of one Site", capsys.readouterr().err
+    )
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(place, tmp_path, capsys):

@@ -1,0 +1,260 @@
+"""One run, from nothing to a row of results: train, evaluate in both modes, score, and say what it took."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.allocation.datasets import HELD_OUT_SEED, Dataset, open_dataset
+from benchmarks.allocation.runs import RULES, Run, Setting
+from saekit.activations.batch import ActivationBatch, ActivationSource
+from saekit.activations.harvest import Harvest
+from saekit.activations.tokens import TokenRows
+from saekit.analysis.concept_scores import count_concepts
+from saekit.analysis.concepts import ConceptLabels, label_tokens
+from saekit.analysis.evaluate import evaluate
+from saekit.analysis.recovery import measure_recovery
+from saekit.sae import SAE
+from saekit.selection import FeatureChoice, SelectionRule
+from saekit.targets import Site
+from saekit.training.config import TrainConfig
+from saekit.training.loop import train
+from saekit.training.step import Report
+
+Numbers = dict[str, float | int | None]
+
+
+def config_of(run: Run, dataset: Dataset) -> TrainConfig:
+    """The recipe of a run.
+
+    Raises:
+        SaekitError: if rule, width and batch do not go together.
+    """
+    setting = Setting(run=run, site=dataset.train_site, d_model=dataset.d_model, pre_bias=dataset.pre_bias)
+    return RULES[run.rule](setting)
+
+
+def measure(run: Run, *, shared: Path) -> dict[str, object]:
+    """A whole row; nothing but the run and the data decides it, besides times, memory and the machine."""
+    dataset = open_dataset(run.dataset, shared=shared)
+    config = config_of(run, dataset)
+    start_mb = memory_mb("VmRSS")
+    timed = TimedSource(dataset.source)
+    began = time.perf_counter()
+    sae, batch_rule = train_one(config, timed)
+    train_s = time.perf_counter() - began - timed.seconds
+    peak_mb = memory_mb("VmHWM")
+    tokens = TokenFacts.read(dataset, config.batch_tokens)
+    inference = evaluate_mode(sae, dataset, tokens)
+    batch = inference
+    if batch_rule.looks_across_tokens:
+        batch = evaluate_mode(sae.with_rule(batch_rule), dataset, tokens)
+    mtok = config.steps * config.batch_tokens / 1e6
+    return {
+        **asdict(run),
+        "fingerprint": dataset.fingerprint,
+        "d_model": dataset.d_model,
+        "n_features": config.n_features,
+        "batch_tokens": config.batch_tokens,
+        "learning_rate": config.peak_lr,
+        **{f"batch_mode_{name}": number for name, number in batch.items()},
+        **{f"inference_{name}": number for name, number in inference.items()},
+        **concept_summary(sae, dataset, tokens),
+        **recovery_summary(sae, dataset),
+        "train_s_per_mtok": train_s / mtok,
+        "source_s_per_mtok": timed.seconds / mtok,
+        "start_mb": start_mb,
+        "peak_mb": peak_mb,
+        **machine(),
+    }
+
+
+def train_one(config: TrainConfig, source: ActivationSource) -> tuple[SAE, SelectionRule]:
+    """The SAE as it serves single tokens, and the rule that it was trained under."""
+    granted = torch.zeros(config.n_features, dtype=torch.int64)
+
+    def note(step: int, reports: Sequence[Report]) -> None:
+        if step == config.steps:
+            # closed entries stay in the codes, so this counts what each feature was granted
+            granted.add_(torch.bincount(reports[0].codes.features.cpu(), minlength=config.n_features))
+
+    (sae,) = train([config], source, on_step=note)
+    if isinstance(config.rule, FeatureChoice):
+        # ranks of equal budgets may be exchanged, so the last budgets say all that matters of the ranks
+        order = granted.argsort(descending=True, stable=True)
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return sae, replace(config.rule, ranks=ranks)
+    return sae, config.rule if config.rule.looks_across_tokens else sae.rule
+
+
+@dataclass
+class TimedSource:
+    """A source that notes how long its reader waits for it."""
+
+    source: ActivationSource
+    seconds: float = 0.0
+
+    @property
+    def widths(self) -> Mapping[Site, int]:
+        return self.source.widths
+
+    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[Mapping[Site, ActivationBatch]]:
+        stream = self.source.stream(batch_tokens, seed=seed)
+        while True:
+            began = time.perf_counter()
+            batch = next(stream)
+            self.seconds += time.perf_counter() - began
+            yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFacts:
+    """What is known of every held-out token besides its activation, `(rows, context)` each; nan where nothing is.
+
+    Attributes:
+        surprisal: nats of the token itself, given those before it.
+        loss: nats of the token that follows, given it and those before it.
+        true_l0: true features that fire on it.
+    """
+
+    surprisal: Tensor
+    loss: Tensor
+    true_l0: Tensor
+    labels: ConceptLabels | None
+    batch_rows: int
+
+    @classmethod
+    def read(cls, dataset: Dataset, batch_tokens: int) -> "TokenFacts":
+        ids = dataset.rows.ids
+        batch_rows = max(1, batch_tokens // dataset.rows.context)
+        surprisal, loss, true_l0 = (torch.full(ids.shape, torch.nan) for _ in range(3))
+        if dataset.is_language:
+            with torch.no_grad():
+                nats = torch.cat([_nats(dataset.target.run(part), part) for part in ids.split(16)])
+            surprisal[:, 1:], loss[:, :-1] = nats, nats
+        if dataset.truth is not None:
+            true_l0[:] = dataset.truth.codes(ids.flatten(), seed=HELD_OUT_SEED).l0().view_as(ids)
+        labels = label_tokens(dataset.rows, dataset.documents) if dataset.documents else None
+        return cls(surprisal, loss, true_l0, labels, batch_rows)
+
+
+def _nats(logits: Tensor, ids: Tensor) -> Tensor:
+    flat = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return flat.view(len(ids), -1)
+
+
+@torch.no_grad()
+def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
+    """Every metric of saekit's evaluation, and with what the number of active features goes.
+
+    A batch rule shares its budget over as many tokens as in training.
+    """
+    whole = len(dataset.rows) - len(dataset.rows) % tokens.batch_rows  # a short last batch would be another rule
+    rows = dataset.rows.select(slice(whole))
+    loss_rows = whole if dataset.is_language else 0
+    numbers: Numbers = dict(
+        evaluate(
+            sae,
+            dataset.target,
+            rows,
+            dataset.site,
+            mask=dataset.mask,
+            batch_rows=tokens.batch_rows,
+            loss_rows=loss_rows,
+        ).metrics()
+    )
+    l0, where, error = [], [], []
+    for batch in _held_out(dataset, rows, tokens.batch_rows):
+        codes = sae.encode(batch.vectors)
+        l0.append(codes.l0().double())
+        error.append((batch.vectors - sae.decode(codes)).square().sum(1).double())
+        where.append(batch.document * rows.context + batch.position)
+    at = torch.cat(where)
+    compared = {
+        "error": torch.cat(error),
+        "loss": tokens.loss.flatten()[at],
+        "surprisal": tokens.surprisal.flatten()[at],
+        "true_l0": tokens.true_l0.flatten()[at],
+    }
+    return numbers | {f"l0_{name}_corr": rank_correlation(torch.cat(l0), other) for name, other in compared.items()}
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float | None:
+    """Spearman's; None where one of the two is unknown or constant, as L0 is under TopK."""
+    known = ~(left.isnan() | right.isnan())
+    left, right = left[known], right[known]
+    if len(left) < 2 or bool((left == left[0]).all()) or bool((right == right[0]).all()):
+        return None
+    return float(spearmanr(left.numpy(), right.numpy()).statistic)
+
+
+def _held_out(dataset: Dataset, rows: TokenRows, batch_rows: int) -> Iterator[ActivationBatch]:
+    harvest = Harvest(target=dataset.target, rows=rows, sites=(dataset.site,), mask=dataset.mask, batch_rows=batch_rows)
+    for batches in harvest.in_order():
+        yield batches[dataset.site]
+
+
+@torch.no_grad()
+def concept_summary(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
+    """How well the best feature of each concept tells it; chosen and scored on the same rows, for all rules alike."""
+    if tokens.labels is None:
+        return {}
+    total = None
+    for batch in _held_out(dataset, dataset.rows, tokens.batch_rows):
+        labels = tokens.labels.at(batch.document, batch.position)
+        known = tokens.labels.known[batch.document, batch.position]
+        counts = count_concepts(sae.encode(batch.vectors), labels, known=known)
+        total = counts if total is None else total + counts
+    present = total.labelled > 0
+    best = total.scores().f1.amax(0)[present]
+    return {
+        "concepts": int(present.sum()),
+        "concept_f1_mean": float(best.mean()),
+        "concepts_told": float((best >= 0.7).double().mean()),
+    }
+
+
+def recovery_summary(sae: SAE, dataset: Dataset) -> Numbers:
+    """What was found of the truth, where there is one; bands are numbered from the densest."""
+    if dataset.truth is None:
+        return {}
+    found = measure_recovery(sae, dataset.truth, n_tokens=dataset.rows.ids.numel(), seed=HELD_OUT_SEED)
+    numbers = {name: value for name, value in found.summary().items() if "_to_" not in name and name != "above"}
+    bands = {f"recovered_band_{number}": band.recovered for number, band in enumerate(found.bands, start=1)}
+    return {f"truth_{name}": value for name, value in (numbers | bands).items()}
+
+
+def memory_mb(field: str) -> float | None:
+    """Of this process, from the kernel: VmRSS is now, VmHWM the most so far. None where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def machine() -> dict[str, object]:
+    """What produced the numbers."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "saekit": version("saekit"),
+        "commit": commit,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": f"{names[0]} x{len(names)}" if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,53 @@
+"""Plots of the results, one HTML file each: points are runs, so that the spread over seeds is seen."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from plotly import graph_objects
+from plotly.subplots import make_subplots
+
+# file name: (column, what it is, logarithmic)
+SHOWN = {
+    "fvu": ("inference_fvu", "fraction of variance unexplained", True),
+    "ce_recovered": ("inference_ce_recovered", "loss recovered against zero", False),
+    "dead": ("inference_dead_fraction", "features that never fired", False),
+    "surprisal": ("inference_l0_surprisal_corr", "rank correlation of L0 with surprisal", False),
+    "recovered": ("truth_recovered", "true features found", False),
+    "seconds": ("train_s_per_mtok", "seconds per million tokens, without the model", True),
+}
+
+
+def write_all(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:
+    """A plot of each column that any run has, into `folder`; the files written."""
+    written = []
+    for name, (column, label, logarithmic) in SHOWN.items():
+        known = [row for row in rows if row[column]]
+        if known:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{name}.html"
+            figure = figure_of(known, column, label, logarithmic=logarithmic)
+            figure.write_html(path, include_plotlyjs="directory")  # one copy beside them, so that they open offline
+            written.append(path)
+    return written
+
+
+def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, logarithmic: bool) -> graph_objects.Figure:
+    """One panel per data set, width and k; rules side by side."""
+    panels = sorted({(row["dataset"], int(row["expansion"]), int(row["k"])) for row in rows})
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    titles = [f"{dataset}, {expansion}x, k={k}" for dataset, expansion, k in panels]
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
+    for place, panel in enumerate(panels, start=1):
+        here = [row for row in rows if (row["dataset"], int(row["expansion"]), int(row["k"])) == panel]
+        scatter = graph_objects.Scatter(
+            x=[row["rule"] for row in here],
+            y=[float(row[column]) for row in here],
+            text=[f"seed {row['seed']}, learning rate x{row['lr_scale']}, {row['tokens']} tokens" for row in here],
+            mode="markers",
+            marker={"size": 9, "opacity": 0.7},
+            showlegend=False,
+        )
+        figure.add_trace(scatter, row=place, col=1)
+        figure.update_xaxes(categoryorder="array", categoryarray=rules, row=place, col=1)
+        figure.update_yaxes(type="log" if logarithmic else "linear", title=label, row=place, col=1)
+    return figure.update_layout(height=320 * len(panels), title=label, template="plotly_white")

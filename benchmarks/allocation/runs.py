@@ -1,0 +1,116 @@
+"""What the study runs: a list of values. A new variant is one line of `RULES`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.targets import Site
+from saekit.training.config import TrainConfig
+
+# a guess at the curve, where nothing was fitted: the exponent of Zipf's law, its head a little flattened
+GUESSED = {"exponent": 1.0, "offset": 3.0}
+SMALLEST_BATCH = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One SAE to train and to measure; together with the data's fingerprint the key of a row of results.
+
+    Attributes:
+        expansion: features per dimension.
+        lr_scale: multiplies the learning rate that saekit derives from the width, to tune it per rule.
+    """
+
+    dataset: str
+    rule: str
+    expansion: int
+    k: int
+    seed: int
+    tokens: int
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all rules share in a run."""
+
+    run: Run
+    site: Site
+    d_model: int
+    pre_bias: str
+
+    @property
+    def k(self) -> int:
+        return self.run.k
+
+    @property
+    def n_features(self) -> int:
+        return self.run.expansion * self.d_model
+
+    @property
+    def batch_tokens(self) -> int:
+        """The same for every rule, and large enough to grant every feature two tokens under equal budgets."""
+        batch = SMALLEST_BATCH
+        while batch * self.k < 2 * self.n_features:
+            batch *= 2
+        return batch
+
+    def config(self, rule: SelectionRule, **changes: Any) -> TrainConfig:
+        """A recipe that differs from the others in the rule and in what is said."""
+        config = TrainConfig(
+            site=self.site,
+            rule=rule,
+            n_features=self.n_features,
+            tokens=self.run.tokens,
+            batch_tokens=self.batch_tokens,
+            seed=self.run.seed,
+            pre_bias=self.pre_bias,  # pyright: ignore[reportArgumentType]
+            **changes,
+        )
+        return replace(config, learning_rate=self.run.lr_scale * config.peak_lr)
+
+
+RULES: dict[str, Callable[[Setting], TrainConfig]] = {
+    "topk": lambda s: s.config(TopK(s.k), auxiliary="none"),
+    "topk+aux_k": lambda s: s.config(TopK(s.k), auxiliary="k"),
+    "mutual": lambda s: s.config(MutualChoice(s.k), auxiliary="none"),
+    "mutual+aux_k": lambda s: s.config(MutualChoice(s.k), auxiliary="k"),
+    "mutual+aux_zipf": lambda s: s.config(MutualChoice(s.k), auxiliary="zipf"),
+    "mutual+aux_zipf+equal_norms": lambda s: s.config(MutualChoice(s.k), auxiliary="zipf", equal_norms=True),
+    "feature_uniform+aux_zipf": lambda s: s.config(FeatureChoice(s.k), auxiliary="zipf"),
+    "feature_zipf+aux_zipf": lambda s: s.config(FeatureChoice(s.k, **GUESSED), auxiliary="zipf"),
+}
+
+DATASETS = ("pystd", "stories260K", "synthetic", "synthetic_outliers", "synthetic_outliers_uncentred")
+FULL_TOKENS = 4_000_000
+QUICK_TOKENS = 131_072
+
+
+def full(
+    *,
+    datasets: Sequence[str] = DATASETS,
+    rules: Sequence[str] = tuple(RULES),
+    expansions: Sequence[int] = (16, 64),
+    ks: Sequence[int] = (8, 32),
+    seeds: Sequence[int] = (0, 1, 2),
+    tokens: int = FULL_TOKENS,
+    lr_scales: Sequence[float] = (1.0,),
+) -> Iterator[Run]:
+    """Everything with everything. Seeds are outermost: after a third of the time there is a whole table."""
+    for seed, expansion, k, dataset, rule, lr_scale in product(seeds, expansions, ks, datasets, rules, lr_scales):
+        yield Run(dataset=dataset, rule=rule, expansion=expansion, k=k, seed=seed, tokens=tokens, lr_scale=lr_scale)
+
+
+def quick() -> Iterator[Run]:
+    """A few minutes: does everything run, and are the columns filled? Too short to compare rules by."""
+    few = ("topk", "topk+aux_k", "mutual+aux_zipf", "feature_zipf+aux_zipf")
+    yield from full(
+        datasets=("synthetic_outliers_uncentred", "stories260K"),
+        expansions=(16,),
+        ks=(8,),
+        seeds=(0,),
+        tokens=QUICK_TOKENS,
+    )
+    yield from full(datasets=("pystd",), rules=few, expansions=(16,), ks=(8,), seeds=(0,), tokens=QUICK_TOKENS)

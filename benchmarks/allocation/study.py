@@ -1,0 +1,146 @@
+"""The allocation study: which rule spends a budget of matches best, under which conditions.
+
+    python -m benchmarks.allocation.study [--quick] [--datasets ...] [--rules ...] [--list]
+
+README.md beside this file explains every column. A run whose row exists is skipped, so the study can be
+stopped at any time and started again.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.allocation import datasets, measure, plots, results, runs
+from saekit.errors import SaekitError
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+# what the numbers rest on; the study refuses to run while one of these is red
+TESTS = (
+    "selection", "kernels", "losses", "density", "training", "calibrate", "evaluate", "synthetic", "recovery",
+    "allocation_study",
+)  # fmt: skip
+
+
+def main() -> int:
+    options = parse()
+    out = options.out or HERE / ("quick.csv" if options.quick else "results.csv")
+    wanted = list(runs.quick()) if options.quick else list(listed(options))
+    try:
+        pending = list(to_do(wanted, results.done(out), options.shared))
+        note(f"{len(pending)} of {len(wanted)} runs to do, results in {out}")
+        if options.list:
+            print("\n".join(map(str, pending)))
+            return 0
+        if pending and not tests_pass():
+            note("the tests are red, so no number would mean anything; make them pass first")
+            return 1
+        failed = sum(
+            not finish(run, number, len(pending), out, options.shared) for number, run in enumerate(pending, 1)
+        )
+        plots.write_all(results.read(out), out.with_suffix(""))
+    except SaekitError as error:
+        note(f"Error: {error}")
+        return 1
+    if failed:
+        note(f"{failed} runs failed and have no row; they are tried again next time")
+    return 1 if failed else 0
+
+
+def finish(run: runs.Run, number: int, of: int, out: Path, shared: Path) -> bool:
+    """Do a run and add its row. One that diverges or is killed must not stop hours of others; it is False."""
+    note(f"[{number}/{of}] {run}")
+    try:
+        row = in_own_process(run, shared)
+    except SaekitError as error:
+        note(f"failed: {error}")
+        return False
+    except BrokenProcessPool:
+        note("failed: its process was killed; was there too little memory?")
+        return False
+    results.append(out, row)
+    return True
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="about ten minutes on two cores, to see that all works")
+    parser.add_argument("--datasets", nargs="+", choices=runs.DATASETS, default=runs.DATASETS)
+    parser.add_argument("--rules", nargs="+", choices=list(runs.RULES), default=list(runs.RULES))
+    parser.add_argument("--expansions", nargs="+", type=int, default=[16, 64], help="features per dimension")
+    parser.add_argument("--ks", nargs="+", type=int, default=[8, 32], help="mean active features per token")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=runs.FULL_TOKENS, help="length of each training")
+    parser.add_argument("--lr-scales", nargs="+", type=float, default=[1.0], help="multiples of the learning rate")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder that holds stories260K and its text")
+    parser.add_argument(
+        "--out", type=Path, help="CSV to add to; results.csv or quick.csv beside this file if not given"
+    )
+    parser.add_argument("--list", action="store_true", help="only say what would be run")
+    return parser.parse_args()
+
+
+def listed(options: argparse.Namespace) -> Iterator[runs.Run]:
+    return runs.full(
+        datasets=options.datasets,
+        rules=options.rules,
+        expansions=options.expansions,
+        ks=options.ks,
+        seeds=options.seeds,
+        tokens=options.tokens,
+        lr_scales=options.lr_scales,
+    )
+
+
+def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], shared: Path) -> Iterator[runs.Run]:
+    """Runs without a row. One that cannot be run is named, with the reason, and left out."""
+
+    @cache
+    def dataset(name: str) -> datasets.Dataset | SaekitError:
+        try:
+            return datasets.open_dataset(name, shared=shared)
+        except SaekitError as error:
+            note(f"without {name}: {error}")
+            return error
+
+    for run in wanted:
+        found = dataset(run.dataset)
+        if isinstance(found, SaekitError) or results.key_of(run, found.fingerprint) in done:
+            continue
+        try:
+            measure.config_of(run, found)
+        except SaekitError as error:
+            note(f"without {run}: {error}")
+            continue
+        yield run
+
+
+def in_own_process(run: runs.Run, shared: Path) -> dict[str, object]:
+    """A fresh process for every run: its peak memory is its own, and nothing is left over from the last."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure.measure, run, shared=shared).result()
+
+
+def tests_pass() -> bool:
+    note("running the tests that the numbers rest on")
+    files = [str(REPOSITORY / "tests" / f"test_{name}.py") for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not network and not interop", *files]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        note(done.stdout[-4000:] + done.stderr[-1000:])
+    return done.returncode == 0
+
+
+def note(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

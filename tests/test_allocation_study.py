@@ -1,0 +1,230 @@
+"""The harness of the allocation study: every run can be configured, rows are whole, and a red suite stops it."""
+
+import csv
+import sys
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.allocation import datasets, measure, plots, results, runs, study
+from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
+from saekit.errors import DataError, FileError, SaekitError
+from saekit.selection import FeatureChoice, Threshold
+from saekit.training import loop
+
+RUN = runs.Run(dataset="synthetic_outliers", rule="feature_zipf+aux_zipf", expansion=2, k=4, seed=0, tokens=4096)
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    truth = SyntheticConfig(d_model=16, n_features=40, l0=3.0, children=0.3)
+    outliers = replace(truth, outlier_dims=1)
+    monkeypatch.setattr(datasets, "TRUTHS", {"synthetic": (truth, "median"), "synthetic_outliers": (outliers, "zero")})
+    monkeypatch.setattr(datasets, "HELD_OUT_ROWS", 9)
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 2048)
+    monkeypatch.setattr(loop, "CALIBRATION_TOKENS", 8192)
+
+
+# the list
+
+
+@pytest.mark.parametrize("d_model", [64, 256])
+def test_every_run_of_the_list_can_be_configured_and_differs_from_the_others_in_what_it_says(d_model):
+    for run in [*runs.full(), *runs.quick()]:
+        setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=d_model, pre_bias="zero")
+        config = runs.RULES[run.rule](setting)
+        assert config.rule.k == run.k
+        assert (config.n_features, config.tokens, config.seed) == (run.expansion * d_model, run.tokens, run.seed)
+        assert config.pre_bias == "zero"
+        assert ("aux" in run.rule) == (config.auxiliary != "none")
+    assert max(Counter(runs.full()).values()) == 1
+
+
+def test_rules_of_one_table_share_width_batch_and_learning_rate():
+    run = replace(RUN, expansion=64, k=8)
+    setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=256, pre_bias="median")
+    configs = [make(setting) for make in runs.RULES.values()]
+    assert len({(c.n_features, c.batch_tokens, c.peak_lr, c.tokens, c.seed) for c in configs}) == 1
+    assert configs[0].batch_tokens * run.k >= 2 * configs[0].n_features
+    doubled = replace(setting, run=replace(run, lr_scale=2.0))
+    assert runs.RULES["topk"](doubled).peak_lr == 2 * configs[0].peak_lr
+
+
+def test_seeds_are_outermost():
+    seeds = [run.seed for run in runs.full()]
+    assert seeds == sorted(seeds)
+
+
+# a run
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_run_fills_the_columns_that_apply_to_it(tmp_path):
+    row = measure.measure(RUN, shared=tmp_path)
+    assert set(row) <= set(results.COLUMNS)
+    for name in ("batch_mode_fvu", "inference_l0_p95", "truth_f1", "truth_recovered_band_4", "train_s_per_mtok"):
+        assert isinstance(row[name], float), name
+    assert row["batch_tokens"] == 2048
+    # 2,304 held-out tokens are one batch as large as in training and a rest that would be another rule
+    assert row["batch_mode_tokens"] == row["inference_tokens"] == 2048
+    assert row["truth_n_tokens"] > 0
+    assert "batch_mode_ce_clean" not in row
+    assert row["batch_mode_l0"] <= RUN.k
+    assert row["batch_mode_l0_true_l0_corr"] == pytest.approx(row["batch_mode_l0_true_l0_corr"])
+    results.append(tmp_path / "r.csv", row)
+    assert results.done(tmp_path / "r.csv") == {results.key_of(RUN, str(row["fingerprint"]))}
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_batch_rule_grants_every_feature_what_training_granted_it_last(monkeypatch):
+    last = {}
+
+    def spy(configs, source, *, on_step):
+        def both(step, reports):
+            last["granted"] = torch.bincount(reports[0].codes.features, minlength=configs[0].n_features)
+            on_step(step, reports)
+
+        return loop.train(configs, source, on_step=both)
+
+    monkeypatch.setattr(measure, "train", spy)
+    # far off centre some features never fire, so that ranks move
+    dataset = datasets.open_dataset("synthetic_outliers", shared=Path())
+    run = replace(RUN, tokens=2048 * 5)
+    sae, rule = measure.train_one(replace(measure.config_of(run, dataset), ranks_every=2), dataset.source)
+    assert isinstance(rule, FeatureChoice)
+    assert isinstance(sae.rule, Threshold)
+    assert torch.equal(rule.feature_budgets(2048, 32, torch.device("cpu")), last["granted"])
+    # and not in the order of the features, as without ranks
+    assert not torch.equal(last["granted"], rule.budgets(2048, 32))
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_rule_that_decides_token_by_token_has_one_mode(tmp_path):
+    row = measure.measure(replace(RUN, rule="topk"), shared=tmp_path)
+    modes = [{k.partition("_l0")[2]: v for k, v in row.items() if k.startswith(mode)} for mode in ("batch_mode", "inf")]
+    assert modes[0] == modes[1]
+    assert row["inference_l0_error_corr"] is None or row["inference_l0"] < RUN.k
+
+
+def test_rank_correlation_sees_order_alone_and_nothing_where_there_is_none():
+    x = torch.tensor([1.0, 2, 3, torch.nan, 4])
+    assert measure.rank_correlation(x, x.exp()) == pytest.approx(1)
+    assert measure.rank_correlation(x, -(x**3)) == pytest.approx(-1)
+    assert measure.rank_correlation(x, torch.ones(5)) is None
+    assert measure.rank_correlation(x, torch.full((5,), torch.nan)) is None
+
+
+def test_timing_a_source_leaves_its_batches_alone():
+    source = SyntheticSource(truth=synthetic_truth(SyntheticConfig(d_model=8, n_features=9, l0=1.0)))
+    timed = measure.TimedSource(source)
+    assert timed.widths == source.widths
+    got, wanted = (next(s.stream(100, seed=1))[source.site].vectors for s in (timed, source))
+    assert torch.equal(got, wanted)
+    assert timed.seconds > 0
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_table_of_activations_is_read_at_its_site():
+    dataset = datasets.open_dataset("synthetic", shared=Path())
+    vectors = dataset.target.read(dataset.rows.ids[:2], [dataset.site])[dataset.site]
+    truth = dataset.truth
+    wanted = next(truth.stream(512, seed=datasets.HELD_OUT_SEED))[truth.site].vectors
+    assert torch.equal(vectors.flatten(0, 1), wanted)
+
+
+def test_a_data_set_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SaekitError, match=r"there is no stories260K in .*; pass --shared"):
+        datasets.open_dataset("stories260K", shared=tmp_path)
+    with pytest.raises(SaekitError, match="no data set named 'pile'"):
+        datasets.open_dataset("pile", shared=tmp_path)
+
+
+# the table
+
+
+def test_rows_are_added_whole_and_known_again(tmp_path):
+    path = tmp_path / "deep" / "r.csv"
+    assert results.done(path) == set()
+    for seed in (0, 1):
+        run = replace(RUN, seed=seed, lr_scale=0.5)
+        row = {**{f: getattr(run, f) for f in runs.Run.__dataclass_fields__}, "fingerprint": "ab", "truth_f1": 0.25}
+        results.append(path, row | {"truth_absorbed": float("nan")})
+        assert results.key_of(run, "ab") in results.done(path)
+        assert results.key_of(run, "other") not in results.done(path)
+    assert results.key_of(replace(RUN, seed=0), "ab") not in results.done(path)
+    rows = results.read(path)
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert (rows[0]["truth_f1"], rows[0]["truth_absorbed"], rows[0]["batch_mode_fvu"]) == ("0.25", "", "")
+    assert [p.name for p in path.parent.iterdir()] == ["r.csv"]
+
+
+def test_no_number_is_lost_to_a_table_without_its_column(tmp_path):
+    path = tmp_path / "r.csv"
+    with pytest.raises(FileError, match="has no column for speed"):
+        results.append(path, {"speed": 3})
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerow(["dataset", "speed"])
+    with pytest.raises(FileError, match="has other columns than this study writes"):
+        results.read(path)
+
+
+# the study
+
+
+@pytest.mark.usefixtures("_small")
+def test_what_is_done_is_not_done_again_and_what_cannot_be_is_named(tmp_path, capsys):
+    dataset = datasets.open_dataset("synthetic", shared=tmp_path)
+    first, second = replace(RUN, dataset="synthetic"), replace(RUN, dataset="synthetic", seed=1)
+    absent, impossible = replace(RUN, dataset="stories260K"), replace(RUN, dataset="synthetic", tokens=100)
+    done = {results.key_of(first, dataset.fingerprint)}
+    assert list(study.to_do([first, absent, second, impossible], done, tmp_path)) == [second]
+    said = capsys.readouterr().err
+    assert "without stories260K: there is no stories260K" in said
+    assert "tokens=100 is less than one batch" in said
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.csv"
+    arguments = ["study", "--out", str(out), "--datasets", "synthetic", "--rules", "topk", "--seeds", "0", "--ks", "8"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--expansions", "16"])
+    ran = []
+    monkeypatch.setattr(study, "in_own_process", lambda run, shared: ran.append(run) or {"dataset": "x"})
+    monkeypatch.setattr(study, "TESTS", ("that_is_not_there",))
+    assert study.main() == 1
+    assert (ran, out.exists()) == ([], False)
+    assert "the tests are red" in capsys.readouterr().err
+    monkeypatch.setattr(study, "tests_pass", lambda: True)
+    monkeypatch.setattr(study.plots, "write_all", lambda rows, folder: [])
+    assert study.main() == 0
+    assert len(ran) == 1
+    assert len(results.read(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "error, said", [(DataError("the loss is nan"), "the loss is nan"), (BrokenProcessPool(), "killed")]
+)
+def test_a_run_that_fails_leaves_no_row_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys, error, said):
+    def fail(run, shared):
+        raise error
+
+    monkeypatch.setattr(study, "in_own_process", fail)
+    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", tmp_path)
+    assert results.read(tmp_path / "r.csv") == []
+    assert said in capsys.readouterr().err
+
+
+def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):
+    empty = dict.fromkeys(results.COLUMNS, "")
+    row = {"dataset": "pystd", "expansion": "16", "k": "8", "seed": "0", "lr_scale": "1", "tokens": "9"}
+    rows = [empty | row | {"rule": rule, "inference_fvu": str(fvu)} for rule, fvu in (("topk", 0.1), ("mutual", 0.2))]
+    written = plots.write_all(rows, tmp_path / "plots")
+    assert [path.name for path in written] == ["fvu.html"]
+    figure = plots.figure_of(rows, "inference_fvu", "fvu", logarithmic=True)
+    assert list(figure.data[0].y) == [0.1, 0.2]
+    assert list(figure.data[0].x) == ["topk", "mutual"]
+    assert "cdn" not in written[0].read_text()[:2000]
