@@ -40,7 +40,7 @@ def test_every_run_of_the_list_can_be_configured_and_differs_from_the_others_in_
         assert config.rule.k == run.k
         assert (config.n_features, config.tokens, config.seed) == (run.expansion * d_model, run.tokens, run.seed)
         assert config.pre_bias == "zero"
-        assert ("aux" in run.rule) == (config.auxiliary != "none")
+        assert ("aux" in run.rule) == (config.auxiliary is not None)
     assert max(Counter(runs.full()).values()) == 1
 
 

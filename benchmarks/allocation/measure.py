@@ -4,7 +4,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.recovery import measure_recovery
 from saekit.sae import SAE
-from saekit.selection import FeatureChoice, SelectionRule
+from saekit.selection import SelectionRule
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
 from saekit.training.loop import train
@@ -80,20 +80,13 @@ def measure(run: Run, *, shared: Path) -> dict[str, object]:
 
 def train_one(config: TrainConfig, source: ActivationSource) -> tuple[SAE, SelectionRule]:
     """The SAE as it serves single tokens, and the rule that it was trained under."""
-    granted = torch.zeros(config.n_features, dtype=torch.int64)
+    trained: list[SelectionRule] = [config.rule]
 
     def note(step: int, reports: Sequence[Report]) -> None:
-        if step == config.steps:
-            # closed entries stay in the codes, so this counts what each feature was granted
-            granted.add_(torch.bincount(reports[0].codes.features.cpu(), minlength=config.n_features))
+        trained[0] = reports[0].rule
 
     (sae,) = train([config], source, on_step=note)
-    if isinstance(config.rule, FeatureChoice):
-        # ranks of equal budgets may be exchanged, so the last budgets say all that matters of the ranks
-        order = granted.argsort(descending=True, stable=True)
-        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        return sae, replace(config.rule, ranks=ranks)
-    return sae, config.rule if config.rule.looks_across_tokens else sae.rule
+    return sae, trained[0] if trained[0].looks_across_tokens else sae.rule
 
 
 @dataclass

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.losses import AuxK
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
+from saekit.training.objectives import Gated, JumpReLU, Matryoshka, ReLUL1
+from saekit.training.schedule import ThenFeatureChoice
 
 # a guess at the curve, where nothing was fitted: the exponent of Zipf's law, its head a little flattened
 GUESSED = {"exponent": 1.0, "offset": 3.0}
@@ -72,15 +75,22 @@ class Setting:
         return replace(config, learning_rate=self.run.lr_scale * config.peak_lr)
 
 
+OPEN = Threshold(0.0)  # for objectives that find their own sparsity
+
 RULES: dict[str, Callable[[Setting], TrainConfig]] = {
-    "topk": lambda s: s.config(TopK(s.k), auxiliary="none"),
-    "topk+aux_k": lambda s: s.config(TopK(s.k), auxiliary="k"),
-    "mutual": lambda s: s.config(MutualChoice(s.k), auxiliary="none"),
-    "mutual+aux_k": lambda s: s.config(MutualChoice(s.k), auxiliary="k"),
-    "mutual+aux_zipf": lambda s: s.config(MutualChoice(s.k), auxiliary="zipf"),
-    "mutual+aux_zipf+equal_norms": lambda s: s.config(MutualChoice(s.k), auxiliary="zipf", equal_norms=True),
-    "feature_uniform+aux_zipf": lambda s: s.config(FeatureChoice(s.k), auxiliary="zipf"),
-    "feature_zipf+aux_zipf": lambda s: s.config(FeatureChoice(s.k, **GUESSED), auxiliary="zipf"),
+    "topk": lambda s: s.config(TopK(s.k), auxiliary=None),
+    "topk+aux_k": lambda s: s.config(TopK(s.k), auxiliary=AuxK()),
+    "mutual": lambda s: s.config(MutualChoice(s.k), auxiliary=None),
+    "mutual+aux_k": lambda s: s.config(MutualChoice(s.k), auxiliary=AuxK()),
+    "mutual+aux_zipf": lambda s: s.config(MutualChoice(s.k)),
+    "mutual+aux_zipf+equal_norms": lambda s: s.config(MutualChoice(s.k), equal_norms=True),
+    "feature_uniform+aux_zipf": lambda s: s.config(FeatureChoice(s.k)),
+    "feature_zipf+aux_zipf": lambda s: s.config(FeatureChoice(s.k, **GUESSED)),
+    "mutual_then_feature": lambda s: s.config(MutualChoice(s.k), then=ThenFeatureChoice()),
+    "matryoshka_mutual": lambda s: s.config(MutualChoice(s.k), objective=Matryoshka()),
+    "jumprelu": lambda s: s.config(OPEN, objective=JumpReLU(s.k)),
+    "gated": lambda s: s.config(OPEN, objective=Gated(s.k)),
+    "relu_l1": lambda s: s.config(OPEN, objective=ReLUL1(s.k)),
 }
 
 DATASETS = ("pystd", "stories260K", "synthetic", "synthetic_outliers", "synthetic_outliers_uncentred")

@@ -36,7 +36,8 @@ class TrainState:
         optimizer: Adam and its moments, over both.
         density: how often each feature has fired lately.
         demand: how often each would if all matches competed; ranks Feature Choice's budgets.
-        rule: which matches are kept in this phase of the run; `sae.rule` is what that means at this step.
+        rule: which matches are kept in this phase of the run.
+        in_force: the same at this step, with its ranks and its annealed k; `sae.rule` is this, or its cuts.
         input_scale, output_scale: bring activations to unit variance per dimension.
         input_centre: of a transcoder, whose `b_dec` is the output's; zero for an autoencoder.
         ranks: places of the features on Feature Choice's curve, until the next look at `demand`.
@@ -51,6 +52,7 @@ class TrainState:
     density: RunningDensity
     demand: RunningDensity
     rule: SelectionRule
+    in_force: SelectionRule
     input_scale: float
     output_scale: float
     input_centre: Float[Tensor, " d_model"]
@@ -77,6 +79,7 @@ class TrainState:
             density=RunningDensity.new(config.n_features, horizon=horizon, device=sample.device),
             demand=RunningDensity.new(config.n_features, horizon=horizon / DEMAND_EVERY, device=sample.device),
             rule=config.rule,
+            in_force=config.rule,
             input_scale=input_scale,
             output_scale=output_scale,
             input_centre=torch.zeros_like(centre_in) if targets is None else centre_in,
@@ -117,12 +120,14 @@ class Report:
 
     Attributes:
         codes: of the batch.
+        rule: what the SAE is trained under at this step, before pooling turns it into cuts.
         loss: what training minimises.
         fvu: fraction of variance unexplained on this batch.
         auxiliary: the auxiliary loss before weighting.
     """
 
     codes: SparseCodes
+    rule: SelectionRule
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxiliary: Float[Tensor, ""]
@@ -143,7 +148,7 @@ def measure(state: TrainState, vectors: Vectors, targets: Targets | None = None)
     loss = main + weight * state.sae.d_out * auxiliary
     with torch.no_grad():
         unexplained = fvu(y, y_hat)
-    return Report(codes, loss, unexplained, auxiliary)
+    return Report(codes, state.in_force, loss, unexplained, auxiliary)
 
 
 def train_step(
@@ -190,6 +195,7 @@ def _choose_rule(state: TrainState, vectors: Vectors, pool: Pool | None) -> None
         if state.ranks is None or state.step % config.ranks_every == 0:
             state.ranks = state.demand.ranks()
         rule = replace(rule, ranks=state.ranks)
+    state.in_force = rule
     if isinstance(rule, FeatureChoice) and pool is not None:
         state.pooled = len(pool) // len(vectors)
         sae.rule = calibrate(sae.with_rule(rule), state.inputs(pool))
