@@ -54,8 +54,25 @@ class Seen:
     output: Float[Tensor, "*tokens d_model"]
 
 
-CodeEdit = Callable[[Site, SAE, Grid, SparseCodes], SparseCodes | None]
-"""What to add to the codes of the tokens that count; None for nothing."""
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an edit of codes is told.
+
+    Attributes:
+        site: where, with the call that it is.
+        rows: activations of the tokens that count, in the order of `grid.kept()`, in the SAE's type.
+        codes: theirs; `edit` says what to add to them.
+    """
+
+    site: Site
+    sae: SAE
+    grid: Grid
+    rows: Float[Tensor, "n d_model"]
+    codes: SparseCodes
+
+
+CodeEdit = Callable[[Encoded], SparseCodes | None]
+"""What to add to the codes, over the same tokens; None for nothing. Values may be negative."""
 
 _NO_EDITS: Mapping[Site, CodeEdit] = MappingProxyType({})
 
@@ -121,8 +138,6 @@ def spliced(
 
     with target.editing({site: edit_at(site, sae) for site, sae in placed.items()}, passes=passes):
         yield passes
-        if passes.number < 0:
-            raise SaekitError(f"{target.name} was not run while SAEs were spliced in; run it inside the `with` block")
 
 
 def splice_once(
@@ -139,7 +154,7 @@ def splice_once(
     keep = grid.keep.reshape(x.shape[:-1])
     rows = x[keep].to(sae.b_dec)
     codes = sae.encode(rows) if len(rows) else _no_codes(sae)
-    added = edit(site, sae, grid, codes) if edit is not None and len(rows) else None
+    added = edit(Encoded(site, sae, grid, rows, codes)) if edit is not None and len(rows) else None
     reconstructed = None if use_error_term and not torch.is_grad_enabled() else sae.decode(codes)
     if not len(rows) or (reconstructed is None and added is None):
         return Seen(site, sae, x, grid, codes, added, x)

@@ -57,6 +57,11 @@ class Grid:
     number: int
     call: int
 
+    @property
+    def draw(self) -> int:
+        """A number for this pass and call, different in each: for edits that draw at random."""
+        return self.number * 1009 + self.call
+
     def kept(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """Row and column of every token that counts, in the order in which codes hold them."""
         row, column = self.keep.nonzero(as_tuple=True)

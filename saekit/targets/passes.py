@@ -40,9 +40,11 @@ class Passes:
         number: the pass that is under way, from 0; -1 before the first.
         given: what that pass was given.
         call: which call of the edited submodule is under way, from 0 in each pass.
+        completed: passes that ran to their end; a `Target.read` stops where it has seen enough.
     """
 
     number: int = -1
+    completed: int = 0
     given: Given = field(default_factory=Given)
     call: int = 0
 
@@ -59,13 +61,17 @@ def watched(model: nn.Module, passes: Passes, calls: dict[Any, int], most: dict[
         settle(calls, most)
         passes.begin(read_given(args, kwargs))
 
+    def complete(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passes.completed += 1
+
     # TransformerLens 4 runs the model that it wraps, at times without passing through its own call
     whole: nn.Module = getattr(model, "original_model", None) or model
-    handle = whole.register_forward_pre_hook(begin, with_kwargs=True)
+    handles = (whole.register_forward_pre_hook(begin, with_kwargs=True), whole.register_forward_hook(complete))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         settle(calls, most)
 
 

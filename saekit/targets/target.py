@@ -173,14 +173,14 @@ class Target:
         """Edits as in `run`, in every forward pass while the context lasts, whoever runs the model: `generate` too.
 
         Calls are counted from 0 in each pass. The model's mode is left as it is. Whether each edit was
-        reached is checked at the end, unless the context ends in an error.
+        reached is checked at the end, unless the context ends in an error or `read` stopped every pass.
 
         Args:
             passes: an account to keep, for edits that depend on the tokens of the pass or on its number.
 
         Raises:
-            UnknownNameError, ShapeError, SaekitError: as in `run`; and if `passes` is kept and a submodule
-                is reached by a way that does not pass through the model itself.
+            UnknownNameError, ShapeError, SaekitError: as in `run`; and, if `passes` is kept, no pass at all or
+                a submodule that is reached by a way that does not pass through the model itself.
         """
         resolved = {site: _editable(site, site.resolve(self.model)) for site in edits}
         account = passes or Passes()
@@ -209,7 +209,10 @@ class Target:
             watched(self.model, account, calls, most),
         ):
             yield
-        _check_reached(resolved, most)
+        if passes is not None and passes.number < 0:
+            raise SaekitError(f"{self.name} was not run while edits were in place; run it inside the `with` block")
+        if account.completed or account.number < 0:  # a pass that was stopped halfway says nothing about what is deeper
+            _check_reached(resolved, most)
 
 
 def _address(site: Site) -> tuple[Place, int | None]:
