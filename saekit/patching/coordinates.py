@@ -64,3 +64,10 @@ def columns_of(codes: SparseCodes, features: Int[Tensor, " m"]) -> Float[Tensor,
 def unit(direction: Tensor, like: Tensor) -> Tensor:
     direction = direction.detach().to(like.device, torch.float32)
     return direction / direction.norm()
+
+
+def strength_of(codes: SparseCodes, feature: Int[Tensor, " n_tokens"]) -> Float[Tensor, " n_tokens"]:
+    """Of each token, the strength of one feature, which may be another for each token."""
+    token = codes.token_of_entry()
+    entries = (codes.features == feature[token]).nonzero()[:, 0]
+    return codes.values.new_zeros(codes.n_tokens).index_add(0, token[entries], codes.values[entries])
