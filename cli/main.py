@@ -25,6 +25,7 @@ from .doctor import Doctor
 from .evaluate import Eval
 from .export import Export
 from .pretrain import Pretrain
+from .steer import Steer
 from .train import Train
 
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "eval": Eval,
     "export": Export,
+    "steer": Steer,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }
