@@ -17,6 +17,7 @@ from saekit.activations.mask import MaskPolicy
 from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.patching.attribution import attribute, difference
 from saekit.patching.effects import EVERYWHERE, Candidates, exact_effects, metric_of, read_prompts, site_effects
+from saekit.patching.feature_sets import greedy_set, read_behaviour
 from saekit.patching.metric import LogitDifference, NextTokenLoss
 from saekit.patching.statistics import bootstrap, matched_features, rank_correlation, with_random_decoder
 from saekit.patching.tokens import TokenMask
@@ -35,7 +36,7 @@ class Planted(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=g)).Q
-        self.directions, rest = basis[:FEATURES], basis[FEATURES:]
+        self.basis, self.directions, rest = basis, basis[:FEATURES], basis[FEATURES:]
         active = torch.rand(VOCABULARY, FEATURES, generator=g) < 0.4
         self.strengths = active * (0.2 + torch.rand(VOCABULARY, FEATURES, generator=g))
         self.others = torch.randn(VOCABULARY, WIDTH - FEATURES, generator=g)
@@ -342,3 +343,57 @@ def test_what_has_no_meaning_is_refused(sae):
         read_prompts(TARGET, sae, replace(SITE, call=None), IDS, mask=MASK)
     with pytest.raises(DataError, match=r"there are 1 values; an interval needs at least 2 prompts"):
         bootstrap(torch.ones(1))
+
+
+# --- sets of features
+
+
+@pytest.fixture(scope="module")
+def behaviour(sae):
+    return read_behaviour(TARGET, sae, SITE, IDS, OTHER_IDS, METRIC, mask=MASK)
+
+
+def of_patched(features: list[int], *, error: bool) -> float:
+    """The closed form of the mean metric with some features, and perhaps the rest, from the other prompts."""
+    codes, other = MODEL.strengths[IDS].clone(), MODEL.strengths[OTHER_IDS]
+    codes[:, 1:, features] = other[:, 1:, features]
+    rest = MODEL.others[OTHER_IDS] if error else MODEL.others[IDS]
+    rest = torch.cat([MODEL.others[IDS][:, :1], rest[:, 1:]], 1)
+    u, v = (w[METRIC.right] - w[METRIC.wrong] for w in (MODEL.u, MODEL.v))
+    s = MODEL.sums(codes)
+    y = MODEL.sums(rest @ MODEL.basis[FEATURES:])
+    return float(((u * (s + Q * s**2)).sum(-1) + (v * y).sum(-1)).mean())
+
+
+def test_the_shares_of_a_set_are_those_of_the_planted_model(behaviour):
+    base, goal = of_patched([], error=False), of_patched(list(range(FEATURES)), error=True)
+    assert (behaviour.base, behaviour.goal) == pytest.approx((base, goal), abs=1e-5)
+    for chosen in ([], [3], [0, 4, 7, 11], list(range(FEATURES))):
+        others = [feature for feature in range(FEATURES) if feature not in chosen]
+        sufficient = (of_patched(chosen, error=False) - base) / (goal - base)
+        necessary = (goal - of_patched(others, error=True)) / (goal - base)
+        found = behaviour.shares(torch.tensor(chosen, dtype=torch.int64))
+        assert found == pytest.approx((sufficient, necessary), abs=1e-4)
+
+
+def test_the_greedy_set_takes_what_helps_most_first(behaviour):
+    found = greedy_set(behaviour, size=FEATURES)
+    assert sorted(found.features.tolist()) == list(range(FEATURES))
+    assert found.effect == pytest.approx(behaviour.goal - behaviour.base)
+    for n in (0, 1, 5):
+        sizes = behaviour.shares(found.features[:n])
+        assert (float(found.sufficient[n]), float(found.necessary[n])) == pytest.approx(sizes, abs=1e-6)
+    # no single feature, and no other set of two, beats the first ones by more than what is of second order
+    singles = [behaviour.shares(torch.tensor([feature]))[0] for feature in range(FEATURES)]
+    assert float(found.sufficient[1]) >= sorted(singles)[-2]
+    helping = found.sufficient.diff() > 0
+    assert helping[:3].all() and not helping[-1]
+
+
+def test_sets_that_make_no_sense_are_refused(sae, behaviour):
+    with pytest.raises(SaekitError, match=r"a set of 13 features is asked for, and 12 differ"):
+        greedy_set(behaviour, size=13)
+    with pytest.raises(SaekitError, match=r"with and without what stream:out has on the other prompts"):
+        read_behaviour(TARGET, sae, SITE, IDS, IDS, METRIC, mask=MASK)
+    with pytest.raises(ShapeError, match=r"so give prompts of the same sizes"):
+        read_behaviour(TARGET, sae, SITE, IDS[:2], IDS, METRIC, mask=MASK)
