@@ -328,7 +328,7 @@ def test_prompts_that_do_not_fit_are_refused(sae, other):
     short = IDS[:2]
     with pytest.raises(ShapeError, match=r"the other prompts are \(3, 7\), these \(2, 7\)"):
         exact_effects(TARGET, sae, SITE, short, METRIC, at(), other=other, mask=MASK)
-    with pytest.raises(ShapeError, match=r"the other prompts give \(3, 7, 18\), these \(2, 7, 18\)"):
+    with pytest.raises(ShapeError, match=r"the other prompts are \(3, 7\), these \(2, 7\)"):
         attribute(TARGET, sae, SITE, short, METRIC, other=other, mask=MASK)
     with pytest.raises(ShapeError, match=r"so give prompts of the same sizes"):
         site_effects(TARGET, [SITE], short, IDS, METRIC)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
-from saekit.errors import SaekitError, ShapeError
+from saekit.errors import SaekitError
 from saekit.kernels.entries import decode_rows
-from saekit.patching.effects import Candidates, Prompts, read_prompts
+from saekit.patching.effects import Candidates, Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
 from saekit.patching.splice import write
 from saekit.patching.tokens import TokenMask
@@ -78,11 +78,8 @@ def attribute(
     if steps < 0:
         raise SaekitError(f"steps={steps}; give 0 for attribution patching, or how many points to integrate over")
     own = read_prompts(target, sae, site, ids, mask=mask, batch_rows=batch_rows)
-    if other is not None and other.vectors.shape != own.vectors.shape:
-        raise ShapeError(
-            f"the other prompts give {tuple(other.vectors.shape)}, these {tuple(own.vectors.shape)}; patching goes by "
-            "place, so give prompts of the same sizes"
-        )
+    if other is not None:
+        check_same_places(ids, other.grid.keep)
     change = difference(own.codes, None if other is None else other.codes)
     with torch.no_grad():
         written = write(change, sae).to(own.vectors).view_as(own.vectors)

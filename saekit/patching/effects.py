@@ -131,11 +131,8 @@ def exact_effects(
     """
     tokens = TokenMask.of(target, mask)
     _check_candidates(candidates, sae, ids, read_prompts(target, sae, site, ids, mask=tokens).grid)
-    if other is not None and other.grid.keep.shape != ids.shape:
-        raise ShapeError(
-            f"the other prompts are {tuple(other.grid.keep.shape)}, these {tuple(ids.shape)}; patching goes by place, "
-            "so give prompts of the same sizes"
-        )
+    if other is not None:
+        check_same_places(ids, other.grid.keep)
     base = metric_of(target, ids, metric, batch_rows=batch_rows)
     effects: list[Tensor] = []
     for part in torch.arange(len(candidates)).split(batch_rows):
@@ -162,11 +159,7 @@ def site_effects(
 
     Meng et al., arXiv 2202.05262, call this causal tracing. No SAE and no mask takes part.
     """
-    if ids.shape != other_ids.shape:
-        raise ShapeError(
-            f"the other prompts are {tuple(other_ids.shape)}, these {tuple(ids.shape)}; patching goes by place, "
-            "so give prompts of the same sizes"
-        )
+    check_same_places(ids, other_ids)
     base = metric_of(target, ids, metric, batch_rows=batch_rows)
     n_prompts, context = ids.shape
     places = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(context))  # (prompts * context, 2)
@@ -190,6 +183,15 @@ def metric_of(target: Target, ids: Int[Tensor, "prompts context"], metric: Metri
     """The metric of every prompt on the untouched model, `(prompts,)` in float64."""
     parts = torch.arange(len(ids)).split(batch_rows)
     return torch.cat([metric(target.run(ids[part]), part).double().cpu() for part in parts])
+
+
+def check_same_places(own: Tensor, other: Tensor) -> None:
+    """Raises: ShapeError if two sets of prompts are not of the same number and length."""
+    if own.shape[:2] != other.shape[:2]:
+        raise ShapeError(
+            f"the other prompts are {tuple(other.shape[:2])}, these {tuple(own.shape[:2])}; patching goes by place, "
+            "so give prompts of the same sizes"
+        )
 
 
 def _edit_each_row(chosen: Candidates, other: Prompts | None) -> Callable[[Encoded], SparseCodes]:

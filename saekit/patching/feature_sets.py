@@ -18,9 +18,9 @@ from torch import Tensor
 
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
-from saekit.errors import SaekitError, ShapeError
+from saekit.errors import SaekitError
 from saekit.patching.attribution import along_decoder, difference
-from saekit.patching.effects import Prompts, read_prompts
+from saekit.patching.effects import Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
 from saekit.patching.splice import write
 from saekit.patching.tokens import TokenMask
@@ -99,11 +99,7 @@ def read_behaviour(
         ShapeError: prompts of different sizes.
         SaekitError: replacing the whole Site does not change the metric, so there is nothing to explain.
     """
-    if ids.shape != other_ids.shape:
-        raise ShapeError(
-            f"the other prompts are {tuple(other_ids.shape)}, these {tuple(ids.shape)}; patching goes by place, "
-            "so give prompts of the same sizes"
-        )
+    check_same_places(ids, other_ids)
     own, other = (read_prompts(target, sae, site, side, mask=mask) for side in (ids, other_ids))
     whole = torch.where(own.grid.keep[..., None], other.vectors, own.vectors)
     with torch.no_grad():
