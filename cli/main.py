@@ -26,6 +26,7 @@ from .evaluate import Eval
 from .export import Export
 from .pretrain import Pretrain
 from .stability import Stability
+from .steer import Steer
 from .train import Train
 
 
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Eval,
     "stability": Stability,
     "export": Export,
+    "steer": Steer,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.text import Document, read_documents
 from saekit.activations.tokens import TokenRows, tokenize_documents
-from saekit.analysis.evaluate import ce_recovered, evaluate, splice
+from saekit.analysis.evaluate import ce_recovered, evaluate
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
@@ -175,14 +175,6 @@ def test_an_sae_that_gives_the_mean_recovers_nothing_of_mean_ablation(rows, targ
     assert found.fvu == pytest.approx(1, abs=1e-6)
     assert found.ce_recovered_mean == pytest.approx(0, abs=1e-5)
     assert (found.l0, found.dead_fraction) == (0, 1)
-
-
-def test_masked_tokens_pass_by_the_sae(rows, target, activations, kept):
-    edited = splice(sae_of(), rows, rows.ids, MaskPolicy())(activations)
-    assert torch.equal(edited[~kept], activations[~kept])
-    assert (edited[kept] != activations[kept]).any(-1).all()
-    nothing_kept = splice(sae_of(), rows, rows.ids, MaskPolicy(max_norm=0.0))(activations)
-    assert torch.equal(nothing_kept, activations)
 
 
 @pytest.mark.parametrize("rule", [TopK(2), MutualChoice(2), FeatureChoice(2)], ids=str)

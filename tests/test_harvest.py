@@ -13,8 +13,8 @@ from saekit.activations.buffer import shuffled
 from saekit.activations.harvest import Harvest, TensorSource, take
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
-from saekit.analysis.evaluate import splice
 from saekit.errors import DataError, SaekitError
+from saekit.patching import TokenMask, run_with_cache_with_saes
 from saekit.sae import SAE
 from saekit.selection import TopK
 from saekit.targets import Site, Target
@@ -138,10 +138,12 @@ def test_harvest_and_splice_decide_alike(mask):
     model, rows = stack(), some_rows()
     harvested = in_order(harvest_of(model, FIRST, mask=mask), FIRST)
     kept = set(zip(harvested.document.tolist(), harvested.position.tolist(), strict=True))
-    activations = Target.wrap(model).read(rows.ids, [FIRST])[FIRST]
     sae = SAE(WIDTH, 8, TopK(1))
     torch.nn.init.constant_(sae.b_dec, 7.0)
-    changed = (splice(sae, rows, rows.ids, mask)(activations) != activations).any(-1)
+    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
+    cache = run_with_cache_with_saes(Target.wrap(model), rows.ids, {FIRST: sae}, use_error_term=False, mask=tokens)[1]
+    before, after = (cache[f"{FIRST}.hook_sae_{which}"] for which in ("input", "output"))
+    changed = (before != after).any(-1)
     assert kept == {tuple(place) for place in changed.nonzero().tolist()}
     assert 0 < len(kept) < rows.ids.numel()
 

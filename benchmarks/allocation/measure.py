@@ -169,7 +169,7 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     for batch in _held_out(dataset, rows, tokens.batch_rows):
         codes = sae.encode(batch.vectors)
         l0.append(codes.l0().double())
-        error.append((batch.vectors - sae.decode(codes)).square().sum(1).double())
+        error.append((batch.vectors - sae.decode(codes, batch.vectors)).square().sum(1).double())
         where.append(batch.document * rows.context + batch.position)
     at = torch.cat(where)
     compared = {

@@ -30,6 +30,8 @@ from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
 from saekit.density import ZipfFit, expected_density, underused, zipf_fit
 from saekit.errors import DataError, SaekitError
+from saekit.patching.splice import run_with_saes
+from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.targets import Site, Target
 
@@ -94,7 +96,13 @@ def evaluate(
 
     Raises:
         DataError: if every token is masked.
+        SaekitError: if `sae` is a transcoder, whose output belongs elsewhere.
     """
+    if sae.is_transcoder:
+        raise SaekitError(
+            f"{site} -> {sae.cfg.hook_name_out or 'another width'} is a transcoder, whose output cannot stand in for "
+            "its input; compare sae(x) with activations of its output Site by saekit.losses.fvu"
+        )
     harvest = Harvest(target=target, rows=rows, sites=(site,), mask=mask, batch_rows=batch_rows)
     reconstruction = _Reconstruction(sae)
     for part, batches in zip(rows.ids.split(batch_rows), harvest.in_order(), strict=True):
@@ -161,7 +169,7 @@ class _Reconstruction:
     def observe(self, vectors: Float[Tensor, "n d_model"]) -> None:
         codes = self.sae.encode(vectors)
         exact = vectors.double()
-        self.error += float((exact - self.sae.decode(codes)).square().sum())
+        self.error += float((exact - self.sae.decode(codes, vectors)).square().sum())
         self.total_square += float(exact.square().sum())
         self.total += exact.sum(0).cpu()
         self.tokens += len(vectors)
@@ -208,19 +216,17 @@ def _language_losses(
 ) -> dict[str, Any]:
     sums: dict[str, float] = dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl"), 0.0)
     predicted = 0
+    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
     for ids in rows.ids.split(batch_rows):
         following = ids[:, 1:].flatten()
         wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
-        edits: dict[str, Callable[[Tensor], Tensor] | None] = {
-            "ce_clean": None,
-            "ce_sae": splice(sae, rows, ids, mask),
-            "ce_zero": torch.zeros_like,
-            "ce_mean": lambda activations: mean.to(activations).expand_as(activations),
+        outputs = {
+            "ce_clean": target.run(ids),
+            "ce_sae": run_with_saes(target, ids, {site: sae}, use_error_term=False, mask=tokens),
+            "ce_zero": target.run(ids, edits={site: torch.zeros_like}),
+            "ce_mean": target.run(ids, edits={site: lambda x: mean.to(x).expand_as(x)}),
         }
-        log_probs = {
-            name: _log_probs(target.run(ids, edits={site: edit} if edit else {}))[wanted]
-            for name, edit in edits.items()
-        }
+        log_probs = {name: _log_probs(logits)[wanted] for name, logits in outputs.items()}
         for name, predictions in log_probs.items():
             sums[name] += float(cross_entropy(predictions, following[wanted].to(predictions.device), reduction="sum"))
         sums["kl"] += float(kl_div(log_probs["ce_sae"], log_probs["ce_clean"], log_target=True, reduction="sum"))
@@ -232,22 +238,6 @@ def _language_losses(
         for name, ablation in (("ce_recovered", "ce_zero"), ("ce_recovered_mean", "ce_mean"))
     }
     return {**means, **recovered, "predicted": predicted}
-
-
-def splice(
-    sae: SAE, rows: TokenRows, ids: Int[Tensor, "batch context"], mask: MaskPolicy
-) -> Callable[[Tensor], Tensor]:
-    """An edit that replaces the activations of unmasked tokens by their reconstruction."""
-
-    def edit(activations: Float[Tensor, "batch context d_model"]) -> Float[Tensor, "batch context d_model"]:
-        keep = mask.keep(rows, ids, activations.float().cpu()).to(activations.device)
-        if not bool(keep.any()):
-            return activations
-        replaced = activations.clone()
-        replaced[keep] = sae(activations[keep].float().to(sae.b_dec.device)).to(activations)
-        return replaced
-
-    return edit
 
 
 def _log_probs(logits: Float[Tensor, "batch context vocabulary"]) -> Float[Tensor, "predictions vocabulary"]:

@@ -1,7 +1,7 @@
 """A model to interpret: run it, read its tensors, replace them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from saekit.targets.calls import call_for
 from saekit.targets.facts import config_number
 from saekit.targets.load import first_line, load_language_model
 from saekit.targets.names import Place, find_blocks
+from saekit.targets.passes import Passes, watched
 from saekit.targets.site import Site
 from saekit.targets.taps import StopForward, Tap, evaluating, first_tensor, tapped
 
@@ -161,12 +162,39 @@ class Target:
             ShapeError: an edit that changes the shape.
             SaekitError: an edit whose call never came, or a Site that can only be read.
         """
+        with evaluating(self.model), self.editing(edits):
+            output = first_tensor(self.forward(self.model, batch.to(self.device)))
+        if output is None:
+            raise SaekitError(f"{self.name} gives no tensor; wrap it with a `forward` that returns one")
+        return output
+
+    @contextmanager
+    def editing(self, edits: Mapping[Site, Edit], *, passes: Passes | None = None) -> Iterator[None]:
+        """Edits as in `run`, in every forward pass while the context lasts, whoever runs the model: `generate` too.
+
+        Calls are counted from 0 in each pass. The model's mode is left as it is. Whether each edit was
+        reached is checked at the end, unless the context ends in an error or `read` stopped every pass.
+
+        Args:
+            passes: an account to keep, for edits that depend on the tokens of the pass or on its number.
+
+        Raises:
+            UnknownNameError, ShapeError, SaekitError: as in `run`; and, if `passes` is kept, no pass at all or
+                a submodule that is reached by a way that does not pass through the model itself.
+        """
         resolved = {site: _editable(site, site.resolve(self.model)) for site in edits}
+        account = passes or Passes()
 
         def splice(place: Place) -> Tap:
             here = [(site, own.call) for site, own in resolved.items() if _address(own)[0] == place]
 
             def tap(call: int, tensor: Tensor) -> Tensor:
+                if passes is not None and passes.number < 0:
+                    raise SaekitError(
+                        f"{place[0]} was called before {self.name} itself was, so nothing says which tokens it "
+                        "works on; run the whole model by calling it"
+                    )
+                account.call = call
                 for site, wanted in here:
                     if wanted is None or wanted == call:
                         tensor = _edited(site, edits[site], tensor)
@@ -175,12 +203,16 @@ class Target:
             return tap
 
         places = {_address(own)[0] for own in resolved.values()}
-        with evaluating(self.model), tapped(self.model, {place: splice(place) for place in places}) as calls:
-            output = first_tensor(self.forward(self.model, batch.to(self.device)))
-        _check_reached(resolved, calls)
-        if output is None:
-            raise SaekitError(f"{self.name} gives no tensor; wrap it with a `forward` that returns one")
-        return output
+        most: dict[Place, int] = {}
+        with (
+            tapped(self.model, {place: splice(place) for place in places}) as calls,
+            watched(self.model, account, calls, most),
+        ):
+            yield
+        if passes is not None and passes.number < 0:
+            raise SaekitError(f"{self.name} was not run while edits were in place; run it inside the `with` block")
+        if account.completed or account.number < 0:  # a pass that was stopped halfway says nothing about what is deeper
+            _check_reached(resolved, most)
 
 
 def _address(site: Site) -> tuple[Place, int | None]:

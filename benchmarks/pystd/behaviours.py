@@ -1,0 +1,173 @@
+"""Which features of the bundled SAE carry three habits of the bundled model, and how few of them are enough.
+
+    python -m benchmarks.pystd.behaviours
+
+Prompt pairs are cut from held-out modules of the standard library. In the corrupted one a single token is
+another, so that another token ought to follow:
+
+    bracket   f(a, b   ->  )    with the open bracket exchanged   ->  ]
+    colon     def f(a  ->  ):   with `return` for `def`           ->  )
+    indent    def f(a):  ->  a deeper line   with `)` for `):`    ->  a line as deep as before
+
+The metric is the difference of the two logits. Features are patched from the clean into the corrupted run;
+sets are chosen on one half of the prompts and judged on the other, which shares no row with it.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import saekit
+from saekit.activations.corpus import load_corpus
+from saekit.patching.effects import read_prompts
+from saekit.patching.feature_sets import Behaviour, greedy_set, read_behaviour
+from saekit.patching.metric import LogitDifference
+from saekit.patching.statistics import matched_features
+
+LENGTH = 32
+SIZES = (1, 2, 5, 10, 20, 50)
+OTHER_BRACKET = str.maketrans("([)]", "[(])")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Texts of tokens, and the way back."""
+
+    texts: list[str]
+    ids: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt, its corrupted counterpart, and what follows in either."""
+
+    clean: list[int]
+    corrupted: list[int]
+    right: int
+    wrong: int
+
+
+Finder = Callable[[list[int], int, Vocabulary], Pair | None]
+"""A pair from a window and the token after it, if it shows the habit."""
+
+
+def find_bracket(window: list[int], following: int, words: Vocabulary) -> Pair | None:
+    close = words.texts[following]
+    if close not in (")", "]"):
+        return None
+    depth = 0
+    for i in reversed(range(len(window))):
+        text = words.texts[window[i]]
+        if text.strip() in (")", "]"):
+            depth += 1
+        elif text.strip() in ("(", "["):
+            if depth == 0:
+                is_match = text.strip() == {")": "(", "]": "["}[close]
+                return _pair(window, i, text.translate(OTHER_BRACKET), close, words) if is_match else None
+            depth -= 1
+        elif set(text) & set("()[]{}"):  # several brackets in one token: leave it to clearer cases
+            return None
+    return None
+
+
+def find_colon(window: list[int], following: int, words: Vocabulary) -> Pair | None:
+    if words.texts[following] != "):":
+        return None
+    for i in reversed(range(len(window))):
+        text = words.texts[window[i]]
+        if "\n" in text:
+            return None
+        if text.strip() == "def":
+            return _replaced(window, i, text.replace("def", "return"), following, ")", words)
+    return None
+
+
+def find_indent(window: list[int], following: int, words: Vocabulary) -> Pair | None:
+    deeper = words.texts[following]
+    if words.texts[window[-1]] != "):" or deeper.strip(" ") != "\n":
+        return None
+    lines = [words.texts[token] for token in window if "\n" in words.texts[token]]
+    same = "\n" + lines[-1].rpartition("\n")[2] if lines else ""
+    if len(deeper) != len(same) + 4:
+        return None
+    return _replaced(window, len(window) - 1, ")", following, same, words)
+
+
+def _pair(window: list[int], at: int, text: str, close: str, words: Vocabulary) -> Pair | None:
+    return _replaced(window, at, text, words.ids[close], close.translate(OTHER_BRACKET), words)
+
+
+def _replaced(window: list[int], at: int, text: str, right: int, wrong: str, words: Vocabulary) -> Pair | None:
+    if text not in words.ids or wrong not in words.ids:
+        return None
+    return Pair(window, [*window[:at], words.ids[text], *window[at + 1 :]], right, words.ids[wrong])
+
+
+def find_pairs(rows: Tensor, find: Finder, words: Vocabulary, bos: int, count: int, seed: int) -> list[Pair]:
+    """At most one pair per row, so that prompts do not overlap."""
+    pairs: list[Pair] = []
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    for row in (rows[i].tolist() for i in order):
+        for end in range(LENGTH, len(row)):
+            window = row[end - LENGTH + 1 : end]
+            pair = None if bos in window else find(window, row[end], words)
+            if pair is not None:
+                pairs.append(Pair([bos, *pair.clean], [bos, *pair.corrupted], pair.right, pair.wrong))
+                break
+        if len(pairs) == count:
+            break
+    return pairs
+
+
+def read_pairs(target: saekit.Target, sae: saekit.SAE, pairs: Sequence[Pair]) -> Behaviour:
+    clean, corrupted, right, wrong = (
+        torch.tensor([getattr(pair, side) for pair in pairs]) for side in ("clean", "corrupted", "right", "wrong")
+    )
+    metric = LogitDifference(right, wrong, torch.full((len(pairs),), LENGTH - 1))
+    return read_behaviour(target, sae, saekit.Site.parse(sae.cfg.hook_name), corrupted, clean, metric)
+
+
+def report(name: str, chosen_on: Behaviour, judged_on: Behaviour, sae: saekit.SAE, size: int, draws: int) -> None:
+    found = greedy_set(chosen_on, size=size)
+    sizes = [n for n in SIZES if n <= size]
+    shares = {n: judged_on.shares(found.features[:n]) for n in sizes}
+    print(f"{name}: logit difference {judged_on.base:.2f} -> {judged_on.goal:.2f}, first {found.features[:5].tolist()}")
+    codes = read_prompts(judged_on.target, sae, judged_on.site, judged_on.ids).codes
+    density = codes.feature_counts().double()
+    for n, (sufficient, necessary) in shares.items():
+        control = []
+        for seed in range(draws):
+            control.append(judged_on.shares(matched_features(density, found.features[:n], seed=seed))[0])
+        print(
+            f"  {n:3d} features   sufficient {sufficient:6.1%}   necessary {necessary:6.1%}   "
+            f"random, as dense: {sum(control) / draws:6.1%} ({min(control):.1%} to {max(control):.1%})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--prompts", type=int, default=48, help="pairs per habit, half of them to judge by")
+    arguments.add_argument("--size", type=int, default=20, help="largest set")
+    arguments.add_argument("--draws", type=int, default=10, help="random sets per size")
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    target, sae = saekit.Target.load("pystd"), saekit.SAE.from_pretrained("pystd", "layers.2")
+    texts = [target.tokenizer.decode([i]) for i in range(len(target.tokenizer))]
+    words = Vocabulary(texts, {text: i for i, text in enumerate(texts)})
+    rows = load_corpus("stdlib", target.tokenizer, context=sae.cfg.context_size or 256).held_out.ids
+    for name, find in (("bracket", find_bracket), ("colon", find_colon), ("indent", find_indent)):
+        pairs = find_pairs(rows, find, words, target.tokenizer.bos_token_id, given.prompts, given.seed)
+        half = len(pairs) // 2
+        print(f"{name}: {len(pairs)} pairs")
+        report(
+            name, read_pairs(target, sae, pairs[:half]), read_pairs(target, sae, pairs[half:]), sae, given.size,
+            given.draws,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

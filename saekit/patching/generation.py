@@ -1,0 +1,125 @@
+"""Text that a model goes on with, as it is and with interventions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saekit.activations.mask import MaskPolicy
+from saekit.activations.tokens import bos_of
+from saekit.errors import SaekitError
+from saekit.patching.intervening import intervening
+from saekit.patching.intervention import Intervention
+from saekit.patching.splice import SAEs
+from saekit.patching.tokens import TokenMask
+from saekit.targets import Target
+from saekit.targets.taps import evaluating
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How new tokens are chosen.
+
+    Attributes:
+        new_tokens: at most this many; a text may end before.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws; the same for every text, so that texts differ by the intervention alone.
+    """
+
+    new_tokens: int = 40
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1 or self.temperature < 0:
+            raise SaekitError(
+                f"new_tokens={self.new_tokens}, temperature={self.temperature}; give at least 1 token and a "
+                "temperature of 0 or more"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """Two continuations of one prompt.
+
+    Attributes:
+        prompt: `(context,)` token ids, BOS included.
+        plain: `(n,)` new tokens of the untouched model.
+        edited: `(m,)` new tokens with the interventions.
+    """
+
+    prompt: Int[Tensor, " context"]
+    plain: Int[Tensor, " n"]
+    edited: Int[Tensor, " m"]
+
+    @property
+    def first_difference(self) -> int | None:
+        """The first new token that is another, from 0; None if the texts are the same."""
+        plain, edited = self.plain.tolist(), self.edited.tolist()
+        if plain == edited:
+            return None
+        pairs = enumerate(zip(plain, edited, strict=False))
+        return next((i for i, (one, two) in pairs if one != two), min(len(plain), len(edited)))
+
+
+def encode_prompt(target: Target, text: str, *, bos: bool = True) -> Int[Tensor, " context"]:
+    """Token ids of a prompt, opened by BOS where the tokenizer has one.
+
+    Raises:
+        SaekitError: no tokenizer, or nothing to read.
+    """
+    if target.tokenizer is None:
+        raise SaekitError(f"{target.name} has no tokenizer; pass one to Target.wrap, or give token ids")
+    ids = target.tokenizer(text, add_special_tokens=False).input_ids
+    opening = bos_of(target.tokenizer) if bos else None
+    if not ids:
+        raise SaekitError(f"the prompt {text!r} has no tokens; give some text to go on from")
+    return torch.tensor(ids if opening is None else [opening, *ids])
+
+
+def steer(
+    target: Target,
+    prompt: Int[Tensor, " context"],
+    interventions: Sequence[Intervention],
+    saes: SAEs = (),
+    *,
+    sampling: Sampling = Sampling(),
+    mask: MaskPolicy | TokenMask = MaskPolicy(),
+) -> Steered:
+    """Let a model go on from a prompt without and with interventions, which act on prompt and new tokens alike.
+
+    Raises:
+        SaekitError: a model that cannot generate or read that many tokens, and as for `intervening`.
+    """
+    plain = generate(target, prompt, sampling)
+    with intervening(target, interventions, saes, mask=mask):
+        edited = generate(target, prompt, sampling)
+    return Steered(prompt, plain, edited)
+
+
+@torch.no_grad()
+def generate(target: Target, prompt: Int[Tensor, " context"], sampling: Sampling) -> Int[Tensor, " n"]:
+    """New tokens by the model's own `generate` of transformers."""
+    length = len(prompt) + sampling.new_tokens
+    if not hasattr(target.model, "generate"):
+        raise SaekitError(f"{target.name} has no generate(); give a language model of transformers")
+    if target.context is not None and length > target.context:
+        raise SaekitError(
+            f"{len(prompt)} tokens of prompt and {sampling.new_tokens} new ones are more than the {target.context} "
+            f"that {target.name} reads; shorten the prompt or ask for fewer"
+        )
+    ids = prompt[None].to(target.device)
+    chance: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chance = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
+    model: Any = target.model
+    pad = getattr(target.tokenizer, "pad_token_id", None)
+    with torch.random.fork_rng(devices=[]), evaluating(target.model):
+        torch.manual_seed(sampling.seed)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.new_tokens, pad_token_id=pad, **chance
+        )
+    return out[0, len(prompt) :].cpu()

@@ -1,0 +1,220 @@
+"""SAEs in the forward pass: the model goes on with what the SAE makes of its activations.
+
+    error  = x - decode(codes)          a constant: no gradient, and no edit, reaches it
+    output = decode(edited) + error     computed as x + decode(edited - codes)
+
+so that with the error term a token whose codes nobody edits keeps its activation bit for bit, and an
+edit adds exactly what the edited entries write. Without the error term the output is `decode(edited)`.
+Tokens that the mask leaves out pass by. Gradients go the way of the formula on the left: through
+encoder and decoder, not around them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saekit.activations.mask import MaskPolicy
+from saekit.codes import SparseCodes
+from saekit.errors import SaekitError, ShapeError, UnknownNameError
+from saekit.kernels.entries import decode_rows
+from saekit.patching.tokens import Grid, TokenMask, grid_of
+from saekit.sae import SAE
+from saekit.targets import Site, Target
+from saekit.targets.passes import Passes
+
+SAEs = Sequence[SAE] | Mapping[Site, SAE]
+"""SAEs at the Sites that their cfg names, or at Sites given here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one SAE met at one call of its Site.
+
+    Attributes:
+        site: where, with the call that it was.
+        x: what the model computed.
+        grid: which tokens these are, and which of them count.
+        codes: of the tokens that count, in the order of `grid.kept()`, before any edit.
+        added: what the edit added to the codes; None where there was no edit. Its values may be negative.
+        output: what the model went on with.
+    """
+
+    site: Site
+    sae: SAE
+    x: Float[Tensor, "*tokens d_model"]
+    grid: Grid
+    codes: SparseCodes
+    added: SparseCodes | None
+    output: Float[Tensor, "*tokens d_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an edit of codes is told.
+
+    Attributes:
+        site: where, with the call that it is.
+        rows: activations of the tokens that count, in the order of `grid.kept()`, in the SAE's type.
+        codes: theirs; `edit` says what to add to them.
+    """
+
+    site: Site
+    sae: SAE
+    grid: Grid
+    rows: Float[Tensor, "n d_model"]
+    codes: SparseCodes
+
+
+CodeEdit = Callable[[Encoded], SparseCodes | None]
+"""What to add to the codes, over the same tokens; None for nothing. Values may be negative."""
+
+_NO_EDITS: Mapping[Site, CodeEdit] = MappingProxyType({})
+
+
+def place_saes(saes: SAEs) -> dict[Site, SAE]:
+    """Where each SAE belongs.
+
+    Raises:
+        SaekitError: an SAE that does not say where it belongs, or two for one Site.
+    """
+    if isinstance(saes, Mapping):
+        return dict(saes)
+    placed: dict[Site, SAE] = {}
+    for sae in saes:
+        if not sae.cfg.hook_name:
+            raise SaekitError(f"{sae} does not record its Site; pass saes={{Site.parse('layers.2'): sae}}")
+        site = Site.parse(sae.cfg.hook_name)
+        if site in placed:
+            raise SaekitError(f"two SAEs were trained at {site}; pass one, or saes={{site: sae}} with two Sites")
+        placed[site] = sae
+    return placed
+
+
+@contextmanager
+def spliced(
+    target: Target,
+    saes: SAEs,
+    *,
+    use_error_term: bool = True,
+    mask: MaskPolicy | TokenMask = MaskPolicy(),
+    edits: Mapping[Site, CodeEdit] = _NO_EDITS,
+    on_seen: Callable[[Seen], None] | None = None,
+) -> Iterator[Passes]:
+    """SAEs in every forward pass while the context lasts, whoever runs the model: `target`, the user, `generate`.
+
+    Args:
+        use_error_term: add what the SAE does not reconstruct, as a constant.
+        mask: which tokens the SAEs work on; BOS and padding are told by the ids of the target's tokenizer.
+        edits: for some of the Sites, what to add to the codes.
+        on_seen: is told what each SAE met at each call.
+
+    Raises:
+        UnknownNameError: a Site that the model does not have, or an edit where there is no SAE.
+        ShapeError: an SAE of another width than its Site.
+        SaekitError: two SAEs for one tensor, a Site that no pass reached, or no pass at all.
+    """
+    placed = place_saes(saes)
+    _check_apart(target, placed)
+    for site in edits:
+        if site not in placed:
+            raise UnknownNameError("spliced SAE", str(site), map(str, placed))
+    tokens, passes = TokenMask.of(target, mask), Passes()
+
+    def edit_at(site: Site, sae: SAE) -> Callable[[Tensor], Tensor]:
+        def edit(x: Tensor) -> Tensor:
+            grid = grid_of(x, site, passes, tokens)
+            seen = splice_once(sae, x, grid, site=site, use_error_term=use_error_term, edit=edits.get(site))
+            if on_seen is not None:
+                on_seen(seen)
+            return seen.output
+
+        return edit
+
+    with target.editing({site: edit_at(site, sae) for site, sae in placed.items()}, passes=passes):
+        yield passes
+
+
+def splice_once(
+    sae: SAE, x: Tensor, grid: Grid, *, site: Site, use_error_term: bool, edit: CodeEdit | None = None
+) -> Seen:
+    """One SAE on one tensor; see the module's docstring."""
+    site = Site(site.module, site.side, grid.call)
+    if sae.is_transcoder:
+        raise SaekitError(
+            f"{sae.cfg.hook_name or 'this SAE'} -> {sae.cfg.hook_name_out or 'another width'} is a transcoder, "
+            f"and what is spliced in writes where it reads, at {site}; splice in an autoencoder"
+        )
+    if x.shape[-1] != sae.d_model:
+        raise ShapeError(
+            f"{site} has {x.shape[-1]} numbers per token, but this SAE encodes rows of {sae.d_model} numbers, got "
+            f"{tuple(x.shape)}; splice it in at the Site it was trained on"
+            f"{f' ({sae.cfg.hook_name})' if sae.cfg.hook_name else ''}"
+        )
+    keep = grid.keep.reshape(x.shape[:-1])
+    rows = x[keep].to(sae.b_dec)
+    codes = sae.encode(rows) if len(rows) else _no_codes(sae)
+    added = edit(Encoded(site, sae, grid, rows, codes)) if edit is not None and len(rows) else None
+    reconstructed = None if use_error_term and not torch.is_grad_enabled() else sae.decode(codes, rows)
+    if not len(rows) or (reconstructed is None and added is None):
+        return Seen(site, sae, x, grid, codes, added, x)
+    kept = x[keep]
+    if reconstructed is not None:
+        reconstructed = reconstructed.to(x)
+        kept = _ValueAlong.apply(kept.detach(), reconstructed) if use_error_term else reconstructed
+    if added is not None:
+        kept = kept + write(added, sae, rows).to(x)
+    output = x.clone()
+    output[keep] = kept
+    return Seen(site, sae, x, grid, codes, added, output)
+
+
+def write(codes: SparseCodes, sae: SAE, rows: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, "n_tokens d_model"]:
+    """What some entries write into activations `rows`, without the bias."""
+    written = decode_rows(codes.values, codes.features, codes.row_starts, sae.decoder)
+    restore = sae.cfg.normalisation.restore  # which shifts what it scales
+    return restore(written, rows) - restore(torch.zeros_like(written), rows)
+
+
+def run_with_saes(
+    target: Target,
+    batch: Int[Tensor, "batch context"] | Tensor,
+    saes: SAEs,
+    *,
+    use_error_term: bool = True,
+    mask: MaskPolicy | TokenMask = MaskPolicy(),
+) -> Tensor:
+    """What the model gives with SAEs spliced in; arguments and errors as for `spliced`."""
+    with spliced(target, saes, use_error_term=use_error_term, mask=mask):
+        return target.run(batch)
+
+
+class _ValueAlong(torch.autograd.Function):
+    """The value of one tensor with the gradient of another: `value`, as if computed as `path + constant`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, path: Tensor):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        return None, grad
+
+
+def _check_apart(target: Target, placed: Mapping[Site, SAE]) -> None:
+    taken: dict[tuple[str, Any], Site] = {}
+    for site in placed:
+        own = site.resolve(target.model)
+        other = taken.setdefault((own.module, own.side), site)
+        if other is not site and (other.call is None or site.call is None or other.call == site.call):
+            raise SaekitError(f"{other} and {site} are the same tensor of {target.name}; splice in one SAE there")
+
+
+def _no_codes(sae: SAE) -> SparseCodes:
+    nothing = torch.zeros(0, dtype=torch.int64, device=sae.b_dec.device)
+    return SparseCodes(sae.b_dec.new_zeros(0), nothing, nothing.new_zeros(1), sae.n_features)
