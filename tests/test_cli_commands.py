@@ -1,6 +1,8 @@
 """The commands that do the work, in process, on a tiny model in a temporary folder."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from saekit.activations.text import Document
+from saekit.errors import FileError
+from saekit.sae import SAE
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli.main import main
+from saekit_cli.output import Progress
 
 WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
 METRICS = {
@@ -108,6 +113,50 @@ def test_several_sites_give_a_folder_each_from_one_run(place, tmp_path, capsys):
     assert all((Path(fact["sae"]) / "cfg.json").exists() for fact in facts["saes"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not(place, tmp_path, capsys, monkeypatch, number):
+    whole, out = tmp_path / "whole", tmp_path / "sae"
+    unfinished = tmp_path / "sae.unfinished.safetensors"
+    assert main(train_arguments(place, whole, "--rule", "mutual")) == 0
+    show = Progress.to
+
+    def kill_at_step_five(self: Progress, done: int, note: str = "") -> None:
+        show(self, done, note)
+        if self.label == "training" and done == 5 * 256:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "to", kill_at_step_five)
+        assert main(train_arguments(place, out, "--rule", "mutual")) == 128 + number
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        f"stopped after step 5 of 16, saved in {unfinished}; the same command with --resume goes on from there"
+    )
+    assert not out.exists()
+
+    assert main(train_arguments(place, out, "--rule", "mutual")) == 1
+    assert f"{unfinished} holds an unfinished run; pass --resume to go on" in capsys.readouterr().err
+    assert main(train_arguments(place, out, "--rule", "mutual", "--features", "65", "--resume")) == 1
+    assert "n_features at layers.1:out = 64, and this one has 65; resume with" in capsys.readouterr().err
+
+    assert main(train_arguments(place, out, "--rule", "mutual", "--resume")) == 0
+    first, second = (load_file(folder / "sae_weights.safetensors") for folder in (whole, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "cfg.json").read_text() == (out / "cfg.json").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "sae"}
+
+
+def test_a_run_is_kept_until_its_sae_is_written(place, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise FileError("cannot write the SAE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save", fail)
+        assert main(train_arguments(place, tmp_path / "sae")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sae.unfinished.safetensors"]
+    assert main(train_arguments(place, tmp_path / "sae", "--resume")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
 def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert main(train_arguments(place, tmp_path / "sae", "--dry-run", "--json")) == 0
     facts = facts_of(capsys)
@@ -134,6 +183,8 @@ def test_flags_win_over_the_config_file(place, tmp_path, capsys):
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
         (["--rule", "feature", "--features", "2000"], "use a batch of at least 500 tokens"),
+        (["--save-every", "0"], "save_every=0: give at least 1 step, or leave it out"),
+        (["--resume"], "sae.unfinished.safetensors; start without --resume"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

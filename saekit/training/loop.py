@@ -1,17 +1,21 @@
 """Training SAEs from a source of activations: the loop and nothing else."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
+from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE, SAEConfig, with_metadata
 from saekit.targets import Site
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
+from saekit.training.keep import Keeper
+from saekit.training.saved_run import RunFile, load_run, recipe
+from saekit.training.state_file import check_unfinished
 from saekit.training.step import Report, TrainState, train_step
 
 # activations that set the pre-bias and the input scale, and that calibrate thresholds at the end
@@ -19,6 +23,9 @@ SAMPLE_TOKENS = 32_768
 CALIBRATION_TOKENS = 131_072
 
 OnStep = Callable[[int, Sequence[Report]], None]
+Batches = Mapping[Site, ActivationBatch]
+# with the place behind them, where the stream knows it
+Drawn = tuple[Batches, Place | None]
 
 
 def train(
@@ -28,6 +35,7 @@ def train(
     model_name: str = "",
     context_size: int | None = None,
     on_step: OnStep = lambda step, reports: None,
+    run_file: RunFile | None = None,
 ) -> list[SAE]:
     """Train one SAE per config, all on the same stream of activations.
 
@@ -37,39 +45,80 @@ def train(
         configs: they may differ in Site and in everything that concerns one SAE, not in tokens,
             batch_tokens and seed, which decide the stream.
         on_step: called after every step with the number of steps done and a report per config.
+        run_file: where to save the run, so that it can go on if it ends early, and whether to go on. A run
+            that goes on ends with the weights of one that was never interrupted, to the bit, where a seed
+            alone decides them: on a CPU, with the same versions and number of threads. The file stays; delete
+            it when the SAEs are saved.
 
     Raises:
-        SaekitError: if the configs do not share a stream, or name a Site that the source lacks.
+        SaekitError: if the configs do not share a stream, or name a Site that the source lacks; with a `run_file`,
+            if the source is not a `ResumableSource`.
+        FileError: if there is no run to resume, it had other settings, or one is there and not to be resumed.
+        RunStopped: after SIGTERM or Ctrl-C, when the run is saved in `run_file`.
         DataError: if a loss is no longer finite; the message says at which step.
     """
     first = _check(configs, source)
-    stream = source.stream(first.batch_tokens, seed=first.seed)
-    head = list(islice(stream, max(1, SAMPLE_TOKENS // first.batch_tokens)))
-    states = [
-        TrainState.start(config, _vectors(head, config.site), cfg=_cfg(config, source, model_name, context_size))
-        for config in configs
-    ]
-    pending = iter(head)
-    for step in range(1, first.steps + 1):
-        batches = next(pending, None) or next(stream)
-        reports = [train_step(state, batches[state.config.site].vectors.to(state.sae.b_dec.device)) for state in states]
-        on_step(step, reports)
-        if step % 50 == 0 or step == first.steps:
-            _check_finite(states, reports, step)
-    n_pool = max(1, CALIBRATION_TOKENS // first.batch_tokens)
+    cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
+    start, facts = START, {} if run_file is None else _facts(source)
+    if run_file is not None and run_file.resume:
+        states, start = load_run(run_file.path, configs, cfgs, facts)
+        stream = cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=start)
+        drawn = _drawn(stream)
+    else:
+        if run_file is not None:
+            check_unfinished(run_file.path, resume=False)
+        states, drawn = _begin(configs, cfgs, source.stream(first.batch_tokens, seed=first.seed))
+    with Keeper(run_file, states, facts, start) as keeper:
+        _take_steps(states, drawn, on_step, keeper)
     needs_pool = any(config.rule.looks_across_tokens for config in configs)
-    pool = list(islice(stream, n_pool)) if needs_pool else []
+    n_pool = max(1, CALIBRATION_TOKENS // first.batch_tokens) if needs_pool else 0
+    pool = [batches for batches, _ in islice(drawn, n_pool)]
     return [_finish(state, pool) for state in states]
 
 
-def _finish(state: TrainState, pool: Sequence[Mapping[Site, ActivationBatch]]) -> SAE:
+def _begin(
+    configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], stream: Iterator[Batches]
+) -> tuple[list[TrainState], Iterator[Drawn]]:
+    """New states, set up by the first batches, which are trained on like all others."""
+    drawn = _drawn(stream)
+    head = list(islice(drawn, max(1, SAMPLE_TOKENS // configs[0].batch_tokens)))
+    sample = [batches for batches, _ in head]
+    states = [
+        TrainState.start(config, _vectors(sample, config.site), cfg=cfg)
+        for config, cfg in zip(configs, cfgs, strict=True)
+    ]
+    return states, chain(head, drawn)
+
+
+def _drawn(stream: Iterator[Batches]) -> Iterator[Drawn]:
+    for batches in stream:
+        yield batches, stream.place if isinstance(stream, PlacedStream) else None
+
+
+def _take_steps(states: Sequence[TrainState], drawn: Iterator[Drawn], on_step: OnStep, keeper: Keeper) -> None:
+    last = states[0].config.steps
+    for step in range(states[0].step + 1, last + 1):
+        batches, place = next(drawn)
+        with keeper.whole_step(place):
+            reports = [
+                train_step(state, batches[state.config.site].vectors.to(state.sae.b_dec.device)) for state in states
+            ]
+        on_step(step, reports)
+        is_due = keeper.is_due(step)
+        if is_due or step % 50 == 0 or step == last:
+            _check_finite(states, reports, step)
+        if is_due:
+            keeper.save()
+
+
+def _finish(state: TrainState, pool: Sequence[Batches]) -> SAE:
     sae = state.finished()
     if sae.rule.looks_across_tokens:
         sae.rule = calibrate(sae, _vectors(pool, state.config.site))
     return sae
 
 
-def _vectors(batches: Sequence[Mapping[Site, ActivationBatch]], site: Site) -> torch.Tensor:
+def _vectors(batches: Sequence[Batches], site: Site) -> torch.Tensor:
     return torch.cat([batch[site].vectors for batch in batches])
 
 
@@ -82,8 +131,7 @@ def _cfg(config: TrainConfig, source: ActivationSource, model_name: str, context
         context_size=context_size,
         equal_norms=config.equal_norms,
     )
-    recipe = asdict(config) | {"site": str(config.site), "rule": repr(config.rule), "learning_rate": config.peak_lr}
-    return with_metadata(cfg, training=recipe)
+    return with_metadata(cfg, training=recipe(config) | {"learning_rate": config.peak_lr})
 
 
 def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainConfig:
@@ -101,6 +149,15 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
                 f"the source supplies {', '.join(map(str, source.widths))}, not {config.site}; harvest that Site too"
             )
     return first
+
+
+def _facts(source: ActivationSource) -> Mapping[str, Any]:
+    if not isinstance(source, ResumableSource):
+        raise SaekitError(
+            f"{type(source).__name__} cannot say what and where it reads, so its run cannot be resumed; "
+            "train without a run file, or give it `facts` and a `start` (saekit.activations.stream)"
+        )
+    return source.facts()
 
 
 def _check_finite(states: Sequence[TrainState], reports: Sequence[Report], step: int) -> None:

@@ -48,15 +48,20 @@ class TrainState:
         centre = _centre(config, sample)
         spread = (sample - centre).square().sum(1).mean().sqrt()
         input_scale = float(d_model**0.5 / spread)
-        cfg = replace(
-            cfg or SAEConfig(d_in=d_model, d_sae=config.n_features, hook_name=str(config.site)),
-            equal_norms=config.equal_norms,
-        )
-        sae = SAE(d_model, config.n_features, config.rule, cfg=cfg)
-        sae.initialise(torch.Generator().manual_seed(config.seed))
+        cfg = cfg or SAEConfig(d_in=d_model, d_sae=config.n_features, hook_name=str(config.site))
+        state = cls.blank(config, cfg, input_scale=input_scale, device=sample.device)
         with torch.no_grad():
-            sae.b_dec.copy_(centre * input_scale)
-        sae.to(sample.device)
+            state.sae.b_dec.copy_(centre * input_scale)
+        return state
+
+    @classmethod
+    def blank(
+        cls, config: TrainConfig, cfg: SAEConfig, *, input_scale: float, device: torch.device | str = "cpu"
+    ) -> "TrainState":
+        """Seeded weights and no history: what `start`, or the file of an unfinished run, fills in."""
+        sae = SAE(cfg.d_in, config.n_features, config.rule, cfg=replace(cfg, equal_norms=config.equal_norms))
+        sae.initialise(torch.Generator().manual_seed(config.seed))
+        sae.to(device)
         return cls(
             config=config,
             sae=sae,
@@ -64,7 +69,7 @@ class TrainState:
                 sae.parameters(), lr=config.peak_lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True
             ),
             density=RunningDensity.new(
-                config.n_features, horizon=max(config.tokens / 10, 20.0 * config.batch_tokens), device=sample.device
+                config.n_features, horizon=max(config.tokens / 10, 20.0 * config.batch_tokens), device=device
             ),
             input_scale=input_scale,
         )
