@@ -34,7 +34,7 @@ class Train:
     model: Annotated[str, tyro.conf.Positional] = "pystd"
     """The bundled model, a local folder, or a name on the Hub."""
     text: Annotated[str, tyro.conf.Positional] = "stdlib"
-    """The standard library's source, a file or folder, JSONL, or a data set's name on the Hub."""
+    """The standard library's source, a file or folder, JSONL, token ids in a .npy file, or a data set on the Hub."""
     site: tuple[str, ...] = ()
     """Where to read; several give one SAE each from one forward pass. The middle layer if not given."""
     rule: Literal["topk", "feature", "mutual"] = "topk"
@@ -121,14 +121,22 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
             "choose a context up to that"
         )
     context = command.context or min(target.context or 256, 256)
-    return load_corpus(
+    corpus = load_corpus(
         command.text,
         target.tokenizer,
         context=context,
         held_out_rows=command.held_out_rows,
         row_bos=command.row_bos == "yes",
         max_documents=command.max_documents,
+        longest=target.context,
+        vocabulary=target.vocabulary,
     )
+    if command.context and corpus.train.context != command.context:
+        raise SaekitError(
+            f"context={command.context:,}, but {command.text} has rows of {corpus.train.context:,}; "
+            "leave --context out, or give the ids as one flat array"
+        )
+    return corpus
 
 
 def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -113,6 +114,31 @@ def test_several_sites_give_a_folder_each_from_one_run(place, tmp_path, capsys):
     assert all((Path(fact["sae"]) / "cfg.json").exists() for fact in facts["saes"])
 
 
+@pytest.mark.parametrize("shape", [(-1, 32), (-1,)], ids=["rows", "flat"])
+def test_a_file_of_token_ids_does_for_a_text(place, tmp_path, capsys, shape):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    ids = tokenizer((place / "text.txt").read_text(), add_special_tokens=False).input_ids
+    np.save(tmp_path / "ids.npy", np.array(ids[: len(ids) // 32 * 32], dtype=np.uint16).reshape(shape))
+    arguments = train_arguments(place, tmp_path / "sae", "--json")
+    arguments[2] = str(tmp_path / "ids.npy")
+    assert main(arguments) == 0
+    trained = facts_of(capsys)
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert facts_of(capsys)["fvu"] == trained["fvu"]
+    assert main(["eval", str(tmp_path / "sae"), "--text", str(place / "text.txt"), "--json"]) == 0
+    assert main(["eval", str(tmp_path / "sae"), "--text", str(tmp_path / "ids.npy"), "--rows", "3", "--json"]) == 0
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["export", str(tmp_path / "sae"), "--out", str(page), "--features", "5", "--tokens", "2000"]) == 0
+    data = json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert any(word in json.dumps(data) for word in WORDS)  # ids come back as what they read
+    if shape != (-1,):
+        assert main([*arguments, "--context", "16"]) == 1
+        assert "ids.npy has rows of 32; leave --context out, or give the ids as one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not(place, tmp_path, capsys, monkeypatch, number):
     whole, out = tmp_path / "whole", tmp_path / "sae"
@@ -201,6 +227,7 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, caps
     [
         (["train", "{place}/nowhere", "{place}/text.txt"], "no model folder at"),
         (["train", "{place}/model", "{place}/nothing.txt"], "no text at"),
+        (["train", "{place}/model", "nothing.npy"], "no token ids at nothing.npy; give a .npy file that exists"),
         (["train", "{place}/model", "owner/no-such-data"], "cannot read data set 'owner/no-such-data'"),
         (["eval", "{place}/nowhere"], "no SAE in"),
         (["eval", "{place}/model"], "no SAE in"),

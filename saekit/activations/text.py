@@ -6,6 +6,8 @@ A `Document` is one named piece of text. `read_documents` turns what a user type
     ./notes.txt, ./folder        text files (a folder is read recursively)
     ./stories.jsonl              one JSON object a line, its "text" field
     owner/name                   a data set of the Hugging Face Hub, streamed
+
+A file of token ids (./tokens.npy) is not text any more; `saekit.activations.corpus` takes both.
 """
 
 import json
