@@ -4,18 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
+LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check bench bench-allocation clean
 
 help:
-	@echo 'make demo    bundled model -> SAE -> evaluation -> a page of features'
-	@echo 'make test    every test and notebook'
-	@echo 'make check   format, lint and types'
-	@echo 'make bench   the bundled model beside a trigram and lzma'
-	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 ten minutes'
-	@echo 'make .venv   only set up; PYTHON=python3.12 chooses the interpreter'
-	@echo 'make clean   remove .venv and everything that was built'
+	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
+	@echo 'make test         every test and notebook'
+	@echo 'make test-lens3   what concerns TransformerLens, with version 3 of it'
+	@echo 'make check        format, lint and types'
+	@echo 'make bench        the bundled model beside a trigram and lzma'
+	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
+	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
+	@echo 'make clean        remove the environments and everything that was built'
 
 .venv: $(READY)
 
@@ -34,6 +36,17 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# everything but TransformerLens itself (and the little that only version 3 needs) comes from .venv
+$(LENS3)/.ready: $(READY)
+	$(BIN)/python -m venv --clear $(LENS3)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(LENS3)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_venv.pth
+	$(LENS3)/bin/python -m pip --disable-pip-version-check install -q 'transformer-lens==3.9.*'
+	@touch $@
+
+test-lens3: $(LENS3)/.ready
+	$(LENS3)/bin/python -m pytest tests/test_targets_lens.py
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -46,4 +59,4 @@ bench-allocation: $(READY)
 	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(LENS3) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,11 +7,12 @@ loads torch or transformers is imported inside `run`; that is also why `main` im
     exit code 0    it worked
               1    something the user can change: one line on stderr says what
               2    the command line itself is wrong
-              130  interrupted
+              130  interrupted (143: by SIGTERM)
     a bug keeps its traceback
 """
 
 import inspect
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -65,9 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return parse(argv).run() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        # a run that was told to stop says by which signal
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     except Exception as error:
         from saekit.errors import SaekitError
 

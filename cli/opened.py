@@ -3,10 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from saekit.activations.corpus import Corpus, load_corpus
+from saekit.activations.corpus import Corpus, load_corpus, load_rows
 from saekit.activations.mask import MaskPolicy
-from saekit.activations.text import read_documents
-from saekit.activations.tokens import tokenize_documents
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -51,14 +49,12 @@ def open_sae(
     target = Target.load(settled["model"], device=device)
     context = sae.cfg.context_size or min(target.context or 256, 256)
     row_bos = recorded.get("row_bos", True)
+    reading = {"context": context, "row_bos": row_bos, "longest": target.context, "vocabulary": target.vocabulary}
     if settled["text"] == own_text:
         held_out_rows = recorded.get("held_out_rows", 160)
-        corpus = load_corpus(
-            settled["text"], target.tokenizer, context=context, held_out_rows=held_out_rows, row_bos=row_bos
-        )
+        corpus = load_corpus(settled["text"], target.tokenizer, held_out_rows=held_out_rows, **reading)
     else:
-        documents = tuple(read_documents(settled["text"]))
-        unseen = tokenize_documents(documents, target.tokenizer, context=context, row_bos=row_bos)
+        unseen, documents = load_rows(settled["text"], target.tokenizer, **reading)
         corpus = Corpus(train=unseen, held_out=unseen, train_documents=documents, held_out_documents=documents)
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
     mask = MaskPolicy(**recorded.get("mask", {}))

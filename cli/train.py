@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from saekit.activations.harvest import Harvest
     from saekit.targets import Site, Target
     from saekit.training.config import TrainConfig
+    from saekit.training.saved_run import RunFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Train:
     """Train an SAE on a model's activations, evaluate it on held-out text, and save it.
 
-    Without arguments: the bundled model, the source of Python's standard library, the middle layer.
+    Without arguments: the bundled model, the source of Python's standard library, the middle layer. A
+    run that was interrupted goes on with --resume and ends with the same weights as one that was not.
 
     Example:
       saekit train --k 32 --features 4096 --tokens 1000000
+      saekit train --k 32 --features 4096 --tokens 1000000 --resume
       saekit train ./my-model ./notes.txt --site layers.3 --out my-sae
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
     """
@@ -31,7 +34,7 @@ class Train:
     model: Annotated[str, tyro.conf.Positional] = "pystd"
     """The bundled model, a local folder, or a name on the Hub."""
     text: Annotated[str, tyro.conf.Positional] = "stdlib"
-    """The standard library's source, a file or folder, JSONL, or a data set's name on the Hub."""
+    """The standard library's source, a file or folder, JSONL, token ids in a .npy file, or a data set on the Hub."""
     site: tuple[str, ...] = ()
     """Where to read; several give one SAE each from one forward pass. The middle layer if not given."""
     rule: Literal["topk", "feature", "mutual"] = "topk"
@@ -65,6 +68,10 @@ class Train:
     device: str = "cpu"
     out: Path = Path("sae")
     """Folder to write; with several Sites, the folder that holds a folder for each."""
+    resume: bool = False
+    """Go on from where an earlier run with the same settings stopped."""
+    save_every: int | None = None
+    """Steps between saved states of the unfinished run, kept beside --out; about every five minutes if not given."""
     dry_run: bool = False
     """Only say what the run would take."""
     json: bool = False
@@ -75,17 +82,32 @@ class Train:
     def run(self) -> int:
         from saekit.targets import Target
 
+        run_file = None if self.dry_run else run_file_of(self)
         target = Target.load(self.model, device=self.device)
         configs = train_configs(self, target)
         corpus = read_corpus(self, target)
         source = harvest_of(self, target, corpus, [config.site for config in configs])
-        if self.dry_run:
+        if run_file is None:
             facts = estimate(configs, source)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
             return 0
-        facts = train_and_evaluate(self, target, corpus, configs, source)
+        facts = train_and_evaluate(self, target, corpus, configs, source, run_file=run_file)
         write_facts({"saes": facts} if len(facts) > 1 else facts[0], as_json=self.json, text=lambda: as_text(facts))
         return 0
+
+
+def run_file_of(command: Train) -> "RunFile":
+    """Where the run is saved while it is unfinished, once it is clear that it may begin."""
+    from saekit.errors import SaekitError
+    from saekit.training.saved_run import RunFile
+    from saekit.training.state_file import check_unfinished
+
+    if command.save_every is not None and command.save_every < 1:
+        raise SaekitError(f"save_every={command.save_every}: give at least 1 step, or leave it out")
+    # beside the folder, which is there when it is whole or not at all
+    out = command.out if command.out.name not in ("", "..") else command.out.resolve()
+    path = check_unfinished(out.with_name(f"{out.name}.unfinished.safetensors"), resume=command.resume)
+    return RunFile(path=path, resume=command.resume, every=command.save_every)
 
 
 def read_corpus(command: Train, target: "Target") -> "Corpus":
@@ -99,14 +121,22 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
             "choose a context up to that"
         )
     context = command.context or min(target.context or 256, 256)
-    return load_corpus(
+    corpus = load_corpus(
         command.text,
         target.tokenizer,
         context=context,
         held_out_rows=command.held_out_rows,
         row_bos=command.row_bos == "yes",
         max_documents=command.max_documents,
+        longest=target.context,
+        vocabulary=target.vocabulary,
     )
+    if command.context and corpus.train.context != command.context:
+        raise SaekitError(
+            f"context={command.context:,}, but {command.text} has rows of {corpus.train.context:,}; "
+            "leave --context out, or give the ids as one flat array"
+        )
+    return corpus
 
 
 def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
@@ -150,7 +180,13 @@ def harvest_of(command: Train, target: "Target", corpus: "Corpus", sites: Sequen
 
 
 def train_and_evaluate(
-    command: Train, target: "Target", corpus: "Corpus", configs: Sequence["TrainConfig"], source: "Harvest"
+    command: Train,
+    target: "Target",
+    corpus: "Corpus",
+    configs: Sequence["TrainConfig"],
+    source: "Harvest",
+    *,
+    run_file: "RunFile | None" = None,
 ) -> list[dict[str, Any]]:
     """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
     from saekit.checkpoint import check_writable
@@ -172,6 +208,7 @@ def train_and_evaluate(
             on_step=lambda step, reports: progress.to(
                 step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
             ),
+            run_file=run_file,
         )
     facts = []
     for sae, config, folder in zip(saes, configs, folders, strict=True):
@@ -188,6 +225,8 @@ def train_and_evaluate(
         )
         sae.save(folder)
         facts.append({"sae": str(folder), "site": str(config.site), "rule": repr(config.rule), **metrics})
+    if run_file is not None:
+        run_file.path.unlink(missing_ok=True)
     return facts
 
 

@@ -26,7 +26,7 @@ from saekit.errors import ShapeError
 from saekit.kernels.entries import decode_rows
 from saekit.normalisation import EqualNorms
 from saekit.sae_config import SAEConfig
-from saekit.selection import FeatureChoice, SelectionRule, Threshold
+from saekit.selection import SelectionRule, Threshold
 
 
 class SAE(nn.Module):
@@ -218,10 +218,7 @@ class SAE(nn.Module):
         if self.W_skip is not None:
             tensors["W_skip"] = self.W_skip
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        if isinstance(self.rule, Threshold):
-            tensors["threshold"] = self.rule.per_feature(self.n_features, tensors["b_enc"])
-        if isinstance(self.rule, FeatureChoice) and self.rule.ranks is not None:
-            tensors["ranks"] = self.rule.ranks
+        tensors |= sae_config.rule_tensors(self.rule, self.n_features)
         written = str(dtype).removeprefix("torch.")
         config = sae_config.write(self.cfg, self.rule, skip=self.skip is not None, dtype=written)
         checkpoint.save(Path(folder), config=config, tensors=tensors)
@@ -237,7 +234,7 @@ class SAE(nn.Module):
         sae = cls(
             config["d_in"],
             config["d_sae"],
-            sae_config.read_rule(config, tensors),
+            sae_config.read_rule(config["saekit"]["rule"], tensors),
             skip="W_skip" in tensors,
             cfg=sae_config.read_cfg(config),
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saekit import checkpoint, normalisation
@@ -51,10 +52,8 @@ def with_metadata(cfg: SAEConfig, **metadata: Any) -> SAEConfig:
 
 def write(cfg: SAEConfig, rule: SelectionRule, *, skip: bool, dtype: str) -> dict[str, Any]:
     """The contents of `cfg.json`."""
-    # a Threshold's cuts and a FeatureChoice's ranks are tensors
-    described = {name: value for name, value in _as_dict(rule).items() if name not in ("theta", "ranks")}
     return checkpoint.describe(
-        rule={"name": type(rule).__name__, **described},
+        rule=describe_rule(rule),
         d_in=cfg.d_in,
         d_sae=cfg.d_sae,
         d_out=cfg.d_out,
@@ -103,23 +102,38 @@ def read_cfg(config: Mapping[str, Any]) -> SAEConfig:
     )
 
 
-def read_rule(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SelectionRule:
-    """The rule that a native folder describes.
+def describe_rule(rule: SelectionRule) -> dict[str, Any]:
+    """Name and arguments of a rule, but for its tensors."""
+    arguments = {name: value for name, value in _as_dict(rule).items() if name not in ("theta", "ranks")}
+    return {"name": type(rule).__name__, **arguments}
+
+
+def rule_tensors(rule: SelectionRule, n_features: int) -> dict[str, Tensor]:
+    """A Threshold's cuts, a FeatureChoice's ranks."""
+    if isinstance(rule, Threshold):
+        return {"threshold": rule.per_feature(n_features, torch.empty(0))}
+    if isinstance(rule, FeatureChoice) and rule.ranks is not None:
+        return {"ranks": rule.ranks}
+    return {}
+
+
+def read_rule(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SelectionRule:
+    """The inverse of `describe_rule` and `rule_tensors`.
 
     Raises:
         FileError: a rule, or an argument of one, that this version does not know.
     """
-    described = dict(config["saekit"]["rule"])
-    name = described.pop("name", None)
+    arguments = dict(described)
+    name = arguments.pop("name", None)
     if name == "Threshold":
         return Threshold(tensors["threshold"].float())
     if name == "FeatureChoice" and "ranks" in tensors:
-        described["ranks"] = tensors["ranks"]
+        arguments["ranks"] = tensors["ranks"]
     try:
-        return next(rule for rule in _RULES if rule.__name__ == name)(**described)
+        return next(rule for rule in _RULES if rule.__name__ == name)(**arguments)
     except (StopIteration, TypeError) as error:
         known = ", ".join([*(rule.__name__ for rule in _RULES), "Threshold"])
         raise FileError(
-            f"this SAE's rule is {config['saekit']['rule']}, which is none of {known} with their arguments; "
+            f"this SAE's rule is {dict(described)}, which is none of {known} with their arguments; "
             "upgrade saekit, or copy the folder again"
         ) from error

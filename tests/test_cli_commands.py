@@ -1,16 +1,22 @@
 """The commands that do the work, in process, on a tiny model in a temporary folder."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from saekit.activations.text import Document
+from saekit.errors import FileError
+from saekit.sae import SAE
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli.main import main
+from saekit_cli.output import Progress
 
 WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
 METRICS = {
@@ -147,6 +153,75 @@ def test_several_sites_give_a_folder_each_from_one_run(place, tmp_path, capsys):
     assert all((Path(fact["sae"]) / "cfg.json").exists() for fact in facts["saes"])
 
 
+@pytest.mark.parametrize("shape", [(-1, 32), (-1,)], ids=["rows", "flat"])
+def test_a_file_of_token_ids_does_for_a_text(place, tmp_path, capsys, shape):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    ids = tokenizer((place / "text.txt").read_text(), add_special_tokens=False).input_ids
+    np.save(tmp_path / "ids.npy", np.array(ids[: len(ids) // 32 * 32], dtype=np.uint16).reshape(shape))
+    arguments = train_arguments(place, tmp_path / "sae", "--json")
+    arguments[2] = str(tmp_path / "ids.npy")
+    assert main(arguments) == 0
+    trained = facts_of(capsys)
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert facts_of(capsys)["fvu"] == trained["fvu"]
+    assert main(["eval", str(tmp_path / "sae"), "--text", str(place / "text.txt"), "--json"]) == 0
+    assert main(["eval", str(tmp_path / "sae"), "--text", str(tmp_path / "ids.npy"), "--rows", "3", "--json"]) == 0
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["export", str(tmp_path / "sae"), "--out", str(page), "--features", "5", "--tokens", "2000"]) == 0
+    data = json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    assert any(word in json.dumps(data) for word in WORDS)  # ids come back as what they read
+    if shape != (-1,):
+        assert main([*arguments, "--context", "16"]) == 1
+        assert "ids.npy has rows of 32; leave --context out, or give the ids as one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_go_on_and_ends_like_one_that_was_not(place, tmp_path, capsys, monkeypatch, number):
+    whole, out = tmp_path / "whole", tmp_path / "sae"
+    unfinished = tmp_path / "sae.unfinished.safetensors"
+    assert main(train_arguments(place, whole, "--rule", "mutual")) == 0
+    show = Progress.to
+
+    def kill_at_step_five(self: Progress, done: int, note: str = "") -> None:
+        show(self, done, note)
+        if self.label == "training" and done == 5 * 256:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "to", kill_at_step_five)
+        assert main(train_arguments(place, out, "--rule", "mutual")) == 128 + number
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        f"stopped after step 5 of 16, saved in {unfinished}; the same command with --resume goes on from there"
+    )
+    assert not out.exists()
+
+    assert main(train_arguments(place, out, "--rule", "mutual")) == 1
+    assert f"{unfinished} holds an unfinished run; pass --resume to go on" in capsys.readouterr().err
+    assert main(train_arguments(place, out, "--rule", "mutual", "--features", "65", "--resume")) == 1
+    assert "n_features at layers.1:out = 64, and this one has 65; resume with" in capsys.readouterr().err
+
+    assert main(train_arguments(place, out, "--rule", "mutual", "--resume")) == 0
+    first, second = (load_file(folder / "sae_weights.safetensors") for folder in (whole, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "cfg.json").read_text() == (out / "cfg.json").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "sae"}
+
+
+def test_a_run_is_kept_until_its_sae_is_written(place, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise FileError("cannot write the SAE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save", fail)
+        assert main(train_arguments(place, tmp_path / "sae")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sae.unfinished.safetensors"]
+    assert main(train_arguments(place, tmp_path / "sae", "--resume")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
 def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert main(train_arguments(place, tmp_path / "sae", "--dry-run", "--json")) == 0
     facts = facts_of(capsys)
@@ -173,6 +248,8 @@ def test_flags_win_over_the_config_file(place, tmp_path, capsys):
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
         (["--rule", "feature", "--exponent", "20"], "choose a smaller exponent, a larger offset, or floor=1"),
+        (["--save-every", "0"], "save_every=0: give at least 1 step, or leave it out"),
+        (["--resume"], "sae.unfinished.safetensors; start without --resume"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -189,6 +266,7 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, caps
     [
         (["train", "{place}/nowhere", "{place}/text.txt"], "no model folder at"),
         (["train", "{place}/model", "{place}/nothing.txt"], "no text at"),
+        (["train", "{place}/model", "nothing.npy"], "no token ids at nothing.npy; give a .npy file that exists"),
         (["train", "{place}/model", "owner/no-such-data"], "cannot read data set 'owner/no-such-data'"),
         (["eval", "{place}/nowhere"], "no SAE in"),
         (["eval", "{place}/model"], "no SAE in"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
-from saekit.activations.buffer import shuffled
+from saekit.activations.buffer import Shuffled
 from saekit.activations.harvest import Harvest, TensorSource, take
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
@@ -232,36 +232,51 @@ def test_a_pass_of_the_stream_reads_every_row_once_in_an_order_of_its_own():
         counts[batch.document, batch.position] += 1
     wanted = (some_rows().ids != BOS) & (some_rows().ids != PAD)
     assert not counts[~wanted].any()
-    # what the buffer still holds of three passes is at most its size plus one read
-    assert (counts[wanted] >= 1).all()
+    assert set(counts[wanted].tolist()) <= {2, 3, 4}  # the last buffer may span two passes
+    assert counts.sum() == 3 * n
 
 
 def test_two_passes_differ_in_the_order_of_their_rows():
-    harvest = harvest_of(stack(), FIRST, batch_rows=1)
-    rows_read = [batches[FIRST].document[0].item() for batches, _ in zip(harvest._passes(0), range(14), strict=False)]
-    assert sorted(rows_read[:7]) == sorted(rows_read[7:]) == list(range(7))
-    assert rows_read[:7] != rows_read[7:]
+    harvest = harvest_of(stack(), FIRST, batch_rows=1, buffer_tokens=CONTEXT)
+    n = len(in_order(harvest, FIRST))
+    stream = harvest.stream(1, seed=0)
+    drawn = torch.cat([next(stream)[FIRST].document for _ in range(2 * n)])
+    first, second = (part.unique_consecutive().tolist() for part in drawn.split(n))
+    assert set(first) == set(second) == set(range(7))
+    assert first != second
 
 
 # the buffer
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12),
-    batch_tokens=st.integers(1, 12),
-    extra=st.integers(0, 40),
-    seed=st.integers(0, 2**16),
-)
-def test_what_goes_in_comes_out_once_in_whole_batches(sizes, batch_tokens, extra, seed):
+def reads_of(sizes: list[int], asked: list[tuple[int, int]] | None = None):
+    """Epochs of reads of these sizes, their rows numbered on from epoch to epoch."""
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    passes = ({FIRST: numbered(start, n)} for start, n in zip(starts, sizes, strict=False))
-    batches = list(shuffled(passes, batch_tokens=batch_tokens, buffer_tokens=batch_tokens + extra, seed=seed))
-    assert {len(batch[FIRST]) for batch in batches} <= {batch_tokens}
-    assert len(batches) == sum(sizes) // batch_tokens
-    seen = [number for batch in batches for number in batch[FIRST].document.tolist()]
-    assert len(set(seen)) == len(seen)
-    assert set(seen) <= set(range(sum(sizes)))
+
+    def reads(epoch: int, first: int):
+        for number in range(first, len(sizes)):
+            if asked is not None:
+                asked.append((epoch, number))
+            start = epoch * starts[-1] + starts[number]
+            yield {FIRST: numbered(start, sizes[number]), LAST: numbered(start, sizes[number], width=3)}
+
+    return reads
+
+
+some_reads = st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=some_reads, batch_tokens=st.integers(1, 12), extra=st.integers(0, 40), seed=st.integers(-3, 2**16))
+def test_what_goes_in_comes_out_once_in_whole_batches(sizes, batch_tokens, extra, seed):
+    stream = Shuffled(reads_of(sizes), batch_tokens=batch_tokens, buffer_tokens=batch_tokens + extra, seed=seed)
+    per_buffer = (batch_tokens + extra) // batch_tokens
+    batches = [next(stream) for _ in range(per_buffer * 4)]
+    assert {len(batch[FIRST]) for batch in batches} == {batch_tokens}
+    for number in range(4):  # buffer by buffer, in whatever order within
+        parts = batches[per_buffer * number : per_buffer * (number + 1)]
+        seen = torch.cat([batch[FIRST].document for batch in parts]).sort().values
+        assert torch.equal(seen, torch.arange(len(seen)) + len(seen) * number)
     for batch in batches:
         one = batch[FIRST]
         assert torch.equal(one.vectors[:, 0], one.document.float())
@@ -271,9 +286,29 @@ def test_what_goes_in_comes_out_once_in_whole_batches(sizes, batch_tokens, extra
         assert torch.equal(one.halted, one.document % 2 == 0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=some_reads, batch_tokens=st.integers(1, 12), extra=st.integers(0, 40), taken=st.integers(0, 30))
+def test_a_stream_goes_on_from_any_place_without_reading_what_was_used_up(sizes, batch_tokens, extra, taken):
+    options = {"batch_tokens": batch_tokens, "buffer_tokens": batch_tokens + extra, "seed": 5}
+    whole = Shuffled(reads_of(sizes), **options)
+    for _ in range(taken):
+        next(whole)
+    asked: list[tuple[int, int]] = []
+    later = Shuffled(reads_of(sizes, asked), **options, start=whole.place)
+    assert later.place == whole.place
+    for _ in range(8):
+        theirs, ours = next(whole), next(later)
+        assert torch.equal(theirs[FIRST].document, ours[FIRST].document)
+        assert later.place == whole.place
+    per_buffer = (batch_tokens + extra) // batch_tokens
+    used_up = taken // per_buffer * per_buffer * batch_tokens  # by the buffers before this one
+    epoch, number = min(asked)
+    assert epoch * sum(sizes) + sum(sizes[: number + 1]) >= used_up
+
+
 def draw(seed: int, **options) -> list[dict[Site, ActivationBatch]]:
-    passes = ({FIRST: numbered(i * 10, 10), LAST: numbered(i * 10, 10, width=3)} for i in range(100))
-    return list(shuffled(passes, **{"batch_tokens": 50, "buffer_tokens": 400, "seed": seed, **options}))
+    stream = Shuffled(reads_of([10] * 100), **{"batch_tokens": 50, "buffer_tokens": 400, "seed": seed, **options})
+    return [next(stream) for _ in range(20)]
 
 
 def test_a_batch_is_mixed_from_the_whole_buffer():
@@ -324,7 +359,7 @@ def test_a_tensor_source_gives_every_vector_once_per_pass():
     stream = source.stream(8, seed=0)
     drawn = [next(stream)[FIRST] for _ in range(12)]
     counts = torch.bincount(torch.cat([batch.document for batch in drawn]), minlength=32)
-    assert counts.min() >= 1 and counts.sum() == 96
+    assert counts.tolist() == [3] * 32
     for batch in drawn:
         assert torch.equal(batch.vectors, source.vectors[batch.document])
 

@@ -174,13 +174,15 @@ def test_frequent_words_are_one_token(tokenizer):
 
 
 def test_resuming_needs_a_state_and_a_state_needs_resuming(tmp_path):
-    with pytest.raises(FileError, match=rf"nothing to resume in .*: it has no {STATE_FILE}; start without --resume"):
+    with pytest.raises(FileError, match=rf"nothing to resume: there is no .*{STATE_FILE}; start without --resume"):
         pretrain(TINY, tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(Stopped):
         pretrain(TINY, tmp_path / "run", save_every=1, on_report=interrupt_at(2))
     before = (tmp_path / "run" / STATE_FILE).read_bytes()
-    with pytest.raises(FileError, match="holds an unfinished run; pass --resume to go on, or choose another folder"):
+    with pytest.raises(
+        FileError, match=rf"{STATE_FILE} holds an unfinished run; pass --resume to go on, choose another"
+    ):
         pretrain(TINY, tmp_path / "run")
     assert (tmp_path / "run" / STATE_FILE).read_bytes() == before
 

@@ -140,6 +140,18 @@ def test_two_saes_trained_together_are_the_two_trained_apart(rule, vectors):
         assert sae.cfg.hook_name == str(settings.site)
 
 
+def test_every_batch_of_the_stream_is_learnt_from_once_and_in_its_order(vectors, monkeypatch):
+    """Those that set up the pre-bias too, and calibration reads on behind them."""
+    learnt, pools = [], []
+    monkeypatch.setattr(loop, "train_step", lambda state, x: (learnt.append(x), train_step(state, x))[1])
+    calibrate = loop.calibrate
+    monkeypatch.setattr(loop, "calibrate", lambda sae, pool: (pools.append(pool), calibrate(sae, pool))[1])
+    train([config(12, rule=MutualChoice(3))], source_of(vectors))
+    stream = source_of(vectors).stream(BATCH, seed=0)
+    wanted = torch.cat([next(stream)[SITE].vectors for _ in range(12 + 8192 // BATCH)])
+    assert torch.equal(torch.cat([*learnt, *pools]), wanted)
+
+
 # learning
 
 

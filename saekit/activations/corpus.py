@@ -1,11 +1,13 @@
 """From the name of a text to the rows that training reads and the rows that it never sees."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from saekit.activations.text import Document, read_documents, split_documents
+from saekit.activations.token_file import SUFFIX, read_token_file
 from saekit.activations.tokens import TokenRows, tokenize_documents
 from saekit.errors import DataError
 
@@ -30,6 +32,33 @@ class Corpus:
     held_out_documents: tuple[Document, ...]
 
 
+def load_rows(
+    text: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    context: int,
+    row_bos: bool = True,
+    max_documents: int | None = None,
+    longest: int | None = None,
+    vocabulary: int | None = None,
+) -> tuple[TokenRows, tuple[Document, ...]]:
+    """All of a text as rows, and what their `source` counts.
+
+    A text may also be a file of token ids (`saekit.activations.token_file`), which has no documents.
+
+    Raises:
+        SaekitError: if it cannot be read, or does not fill one row.
+    """
+    if not text.endswith(SUFFIX):
+        documents = tuple(read_documents(text, limit=max_documents))
+        return tokenize_documents(documents, tokenizer, context=context, row_bos=row_bos), documents
+    if max_documents is not None:
+        raise DataError(f"max_documents={max_documents}, but {text} has rows of ids, not documents; leave it out")
+    path = Path(text).expanduser()
+    rows = read_token_file(path, tokenizer, context=context, row_bos=row_bos, longest=longest, vocabulary=vocabulary)
+    return rows, ()
+
+
 def load_corpus(
     text: str,
     tokenizer: "PreTrainedTokenizerBase",
@@ -38,6 +67,8 @@ def load_corpus(
     held_out_rows: int = 160,
     row_bos: bool = True,
     max_documents: int | None = None,
+    longest: int | None = None,
+    vocabulary: int | None = None,
 ) -> Corpus:
     """Read, tokenise and divide a text.
 
@@ -45,21 +76,31 @@ def load_corpus(
     of the modules set aside come in an order drawn once and for all, so that the first few are a fair
     sample. Any other text gives up its last `held_out_rows` rows.
 
+    Args:
+        longest, vocabulary: what the model can read, against which a file of token ids is checked.
+
     Raises:
         DataError: if nothing is left to train on.
     """
-    documents = read_documents(text, limit=max_documents)
     if text == "stdlib":
-        train_documents, held_out_documents = split_documents(documents)
+        train_documents, held_out_documents = split_documents(read_documents(text, limit=max_documents))
         train = tokenize_documents(train_documents, tokenizer, context=context, row_bos=row_bos)
         held_out = tokenize_documents(held_out_documents, tokenizer, context=context, row_bos=row_bos)
         drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
         return Corpus(train, held_out.select(drawn), tuple(train_documents), tuple(held_out_documents))
-    rows = tokenize_documents(documents, tokenizer, context=context, row_bos=row_bos)
+    rows, documents = load_rows(
+        text,
+        tokenizer,
+        context=context,
+        row_bos=row_bos,
+        max_documents=max_documents,
+        longest=longest,
+        vocabulary=vocabulary,
+    )
     n_train = len(rows) - held_out_rows
     if n_train < 1:
         raise DataError(
-            f"{text} has {len(rows):,} rows of {context} tokens, and {held_out_rows:,} are to be held out; "
+            f"{text} has {len(rows):,} rows of {rows.context} tokens, and {held_out_rows:,} are to be held out; "
             "give more text, a smaller context or fewer held-out rows"
         )
-    return Corpus(rows.select(slice(n_train)), rows.select(slice(n_train, None)), tuple(documents), tuple(documents))
+    return Corpus(rows.select(slice(n_train)), rows.select(slice(n_train, None)), documents, documents)

@@ -2,24 +2,28 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
-from saekit.activations.buffer import shuffled
+from saekit.activations.buffer import Shuffled, SiteBatches
 from saekit.activations.mask import MaskPolicy
+from saekit.activations.stream import READ_ORDER, START, Place, generator_for
 from saekit.activations.tokens import TokenRows
 from saekit.errors import DataError
 from saekit.targets import Site, Target
 
-SiteBatches = dict[Site, ActivationBatch]
+# numbers of each weight that go into a model's checksum: training moves them all, and a large model has billions
+_CHECKED_WEIGHTS = 1024
+_READ_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harvest:
-    """The activations of `target` at `sites` over `rows`: an `ActivationSource`, and in order for analysis.
+    """The activations of `target` at `sites` over `rows`: a `ResumableSource`, and in order for analysis.
 
     All Sites come from one forward pass, which stops after the deepest of them.
 
@@ -45,21 +49,38 @@ class Harvest:
         for part in chosen.split(self.batch_rows):
             yield self._read(part)
 
-    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[SiteBatches]:
-        """Shuffled batches for ever; every pass over the rows has its own order."""
-        return shuffled(self._passes(seed), batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed)
+    def facts(self) -> dict[str, str | int | float | bool | None]:
+        """What decides the stream; model and text by checksum."""
+        weights = 0
+        for weight in self.target.model.parameters():
+            weights = _checksum(weight.detach().flatten()[:_CHECKED_WEIGHTS].float(), weights)
+        return {
+            "sites": " ".join(map(str, self.sites)),
+            "model": self.target.name,
+            "model_checksum": weights,
+            "rows": len(self.rows),
+            "context": self.rows.context,
+            "text_checksum": _checksum(self.rows.ids),
+            "batch_rows": self.batch_rows,
+            "buffer_tokens": self.buffer_tokens,
+            **self.mask.as_dict(),
+        }
 
-    def _passes(self, seed: int) -> Iterator[SiteBatches]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
+    def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Shuffled:
+        """Shuffled batches for ever; every pass over the rows has its own order."""
+
+        def reads(epoch: int, first: int) -> Iterator[SiteBatches]:
+            order = torch.randperm(len(self.rows), generator=generator_for(seed, READ_ORDER, epoch))
             n_vectors = 0
-            for batches in self.in_order(torch.randperm(len(self.rows), generator=generator)):
+            for batches in self.in_order(order[first * self.batch_rows :]):
                 n_vectors += sum(map(len, batches.values()))
                 yield batches
-            if n_vectors == 0:  # or the buffer would wait for ever
+            if n_vectors == 0 and first == 0:  # or the buffer would wait for ever
                 raise DataError(
                     f"the mask leaves out every token of all {len(self.rows):,} rows; give another text or another mask"
                 )
+
+        return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed, start=start)
 
     def _read(self, chosen: Int[Tensor, " chosen"]) -> SiteBatches:
         ids = self.rows.ids[chosen]
@@ -86,7 +107,7 @@ def _addressed(
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """Vectors that are already there: an `ActivationSource` for synthetic data and for other people's caches."""
+    """Vectors that are already there: a `ResumableSource` for synthetic data and for other people's caches."""
 
     site: Site
     vectors: Tensor
@@ -96,17 +117,29 @@ class TensorSource:
     def widths(self) -> dict[Site, int]:
         return {self.site: self.vectors.shape[1]}
 
-    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[SiteBatches]:
-        return shuffled(self._passes(seed), batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed)
+    def facts(self) -> dict[str, str | int | float | bool | None]:
+        return {
+            "sites": str(self.site),
+            "vectors": len(self.vectors),
+            "vectors_checksum": _checksum(self.vectors),
+            "buffer_tokens": self.buffer_tokens,
+        }
 
-    def _passes(self, seed: int) -> Iterator[SiteBatches]:
+    def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Shuffled:
         if len(self.vectors) == 0:
             raise DataError(f"there are no vectors at {self.site}; give at least one batch of them")
         batch = ActivationBatch.from_vectors(self.vectors).check_finite(self.site)
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            for part in torch.randperm(len(batch), generator=generator).split(4096):
+
+        def reads(epoch: int, first: int) -> Iterator[SiteBatches]:
+            order = torch.randperm(len(batch), generator=generator_for(seed, READ_ORDER, epoch))
+            for part in order.split(_READ_TOKENS)[first:]:
                 yield {self.site: batch.select(part)}
+
+        return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed, start=start)
+
+
+def _checksum(tensor: Tensor, before: int = 0) -> int:
+    return crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), before)
 
 
 def take(source: Iterator[SiteBatches], n_tokens: int, site: Site) -> ActivationBatch:

@@ -6,6 +6,8 @@ A `Document` is one named piece of text. `read_documents` turns what a user type
     ./notes.txt, ./folder        text files (a folder is read recursively)
     ./stories.jsonl              one JSON object a line, its "text" field
     owner/name                   a data set of the Hugging Face Hub, streamed
+
+A file of token ids (./tokens.npy) is not text any more; `saekit.activations.corpus` takes both.
 """
 
 import json
@@ -18,6 +20,7 @@ from pathlib import Path
 from zlib import crc32
 
 from saekit.errors import DataError, FileError
+from saekit.targets.quiet import quiet_hub
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".csv", ".html")
 # TinyStories and its relatives keep many documents in one file, split by this line
@@ -154,7 +157,8 @@ def _stream_dataset(name: str) -> Iterator[Document]:
     from datasets import load_dataset  # heavy, and only for text that is not on this machine
 
     try:
-        stream = load_dataset(name, split="train", streaming=True)
+        with quiet_hub():
+            stream = load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(stream):
             yield Document(f"{name}#{number}", row["text"])
     except KeyError as error:

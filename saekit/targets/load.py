@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from saekit.errors import FileError
+from saekit.targets.quiet import quiet_hub
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = ("pystd",)
@@ -25,7 +26,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
     from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy, and only for models from disk
 
     try:
-        with _quiet():
+        with _no_bars(), quiet_hub():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
             model, report = loaded
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -50,7 +51,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_bars() -> Iterator[None]:
     """No bar for reading weights from disk, which takes no time; the user's own setting comes back afterwards."""
     from transformers.utils import logging
 

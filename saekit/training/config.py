@@ -1,8 +1,9 @@
 """What decides the weights of an SAE. Device, logging and paths are arguments of `train`, not of this."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal
 
 from saekit.errors import SaekitError
 from saekit.losses import AuxK, AuxZipf
@@ -143,3 +144,10 @@ class TrainConfig:
             return 1.0
         since = step - self.then.first_step(self.steps) + 1
         return min(1.0, since / max(1, self.then.rewarm))
+
+
+def recipe(config: TrainConfig) -> dict[str, Any]:
+    """A config as a file can hold it: numbers and names as they are, everything else as it prints."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    plain = (bool, int, float, str, NoneType)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}

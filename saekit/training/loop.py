@@ -2,28 +2,34 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from itertools import islice
-from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
+from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig, with_metadata
 from saekit.selection import FeatureChoice
 from saekit.targets import Site
 from saekit.training.calibrate import calibrate
-from saekit.training.config import TrainConfig
-from saekit.training.step import Report, TrainState, train_step
+from saekit.training.config import TrainConfig, recipe
+from saekit.training.keep import Keeper
+from saekit.training.saved_run import RunFile, load_run
+from saekit.training.state_file import check_unfinished
+from saekit.training.step import Report, TrainState, cfg_of, train_step
 
 # activations that set the pre-bias and the input scale, and that calibrate thresholds at the end
 SAMPLE_TOKENS = 32_768
 CALIBRATION_TOKENS = 131_072
 
 OnStep = Callable[[int, Sequence[Report]], None]
+Batches = Mapping[Site, ActivationBatch]
+# with the place behind them, where the stream knows it
+Drawn = tuple[Batches, Place | None]
 
 
 def train(
@@ -33,6 +39,7 @@ def train(
     model_name: str = "",
     context_size: int | None = None,
     on_step: OnStep = lambda step, reports: None,
+    run_file: RunFile | None = None,
 ) -> list[SAE]:
     """Train one SAE per config, all on the same stream of activations.
 
@@ -42,75 +49,112 @@ def train(
         configs: they may differ in Site and in everything that concerns one SAE, not in tokens,
             batch_tokens and seed, which decide the stream.
         on_step: called after every step with the number of steps done and a report per config.
+        run_file: where to save the run, so that it can go on if it ends early, and whether to go on. A run
+            that goes on ends with the weights of one that was never interrupted, to the bit, where a seed
+            alone decides them: on a CPU, with the same versions and number of threads. The file stays; delete
+            it when the SAEs are saved.
 
     Raises:
-        SaekitError: if the configs do not share a stream, or name a Site that the source lacks.
+        SaekitError: if the configs do not share a stream, or name a Site that the source lacks; with a `run_file`,
+            if the source is not a `ResumableSource`.
+        FileError: if there is no run to resume, it had other settings, or one is there and not to be resumed.
+        RunStopped: after SIGTERM or Ctrl-C, when the run is saved in `run_file`.
         DataError: if a loss is no longer finite; the message says at which step.
     """
     first = _check(configs, source)
-    stream = source.stream(first.batch_tokens, seed=first.seed)
-    ahead = deque(islice(stream, max(1, SAMPLE_TOKENS // first.batch_tokens)))
-    states = [
+    cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
+    start, facts = START, {} if run_file is None else _facts(source)
+    if run_file is not None and run_file.resume:
+        states, start = load_run(run_file.path, configs, cfgs, facts)
+        stream = cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=start)
+        ahead = Ahead(stream)
+    else:
+        if run_file is not None:
+            check_unfinished(run_file.path, resume=False)
+        ahead = Ahead(source.stream(first.batch_tokens, seed=first.seed))
+        states = _begin(configs, cfgs, ahead.look(max(1, SAMPLE_TOKENS // first.batch_tokens)))
+    with Keeper(run_file, states, facts, start) as keeper:
+        _take_steps(states, ahead, on_step, keeper)
+    return [_finish(state, ahead) for state in states]
+
+
+class Ahead:
+    """A stream whose next batches can be looked at before they are taken."""
+
+    def __init__(self, stream: Iterator[Batches]):
+        self._stream = stream
+        self._waiting: deque[Drawn] = deque()
+
+    def look(self, n: int) -> list[Batches]:
+        """The next `n` batches, which stay."""
+        while len(self._waiting) < n:
+            batches = next(self._stream)
+            self._waiting.append((batches, self._stream.place if isinstance(self._stream, PlacedStream) else None))
+        return [batches for batches, _ in islice(self._waiting, n)]
+
+    def take(self) -> Drawn:
+        """The next batch, which goes, and the place behind it."""
+        self.look(1)
+        return self._waiting.popleft()
+
+
+def _begin(configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], sample: Sequence[Batches]) -> list[TrainState]:
+    """New states, set up by the first batches, which are trained on like all others."""
+    return [
         TrainState.start(
             config,
-            _vectors(ahead, config.site),
-            _vectors(ahead, config.site_out) if config.site_out else None,
-            cfg=_cfg(config, source, model_name, context_size),
+            _vectors(sample, config.site),
+            _vectors(sample, config.site_out) if config.site_out else None,
+            cfg=cfg,
         )
-        for config in configs
+        for config, cfg in zip(configs, cfgs, strict=True)
     ]
-    for step in range(1, first.steps + 1):
-        for _ in range(max([1, *(config.pool_starting_at(step - 1) for config in configs)]) - len(ahead)):
-            ahead.append(next(stream))
-        reports = [_step(state, ahead) for state in states]
-        ahead.popleft()
+
+
+def _take_steps(states: Sequence[TrainState], ahead: Ahead, on_step: OnStep, keeper: Keeper) -> None:
+    last = states[0].config.steps
+    for step in range(states[0].step + 1, last + 1):
+        pools = [ahead.look(state.config.pool_starting_at(state.step)) for state in states]
+        batches, place = ahead.take()
+        with keeper.whole_step(place):
+            reports = [_step(state, batches, pool) for state, pool in zip(states, pools, strict=True)]
         on_step(step, reports)
-        if step % 50 == 0 or step == first.steps:
+        is_due = keeper.is_due(step)
+        if is_due or step % 50 == 0 or step == last:
             _check_finite(states, reports, step)
-    return [_finish(state, stream) for state in states]
+        if is_due:
+            keeper.save()
 
 
-def _step(state: TrainState, ahead: Sequence[Mapping[Site, ActivationBatch]]) -> Report:
-    """One step on the first of the batches `ahead`; the others are looked at where budgets are pooled."""
+def _step(state: TrainState, batches: Batches, pool: Sequence[Batches]) -> Report:
     config, device = state.config, state.sae.b_dec.device
-    n_pool = config.pool_starting_at(state.step)
     return train_step(
         state,
-        ahead[0][config.site].vectors.to(device),
-        ahead[0][config.site_out].vectors.to(device) if config.site_out else None,
-        pool=_vectors(list(islice(ahead, n_pool)), config.site).to(device) if n_pool else None,
+        batches[config.site].vectors.to(device),
+        batches[config.site_out].vectors.to(device) if config.site_out else None,
+        pool=_vectors(pool, config.site).to(device) if pool else None,
     )
 
 
-def _finish(state: TrainState, stream: Iterator[Mapping[Site, ActivationBatch]]) -> SAE:
+def _finish(state: TrainState, ahead: Ahead) -> SAE:
     sae, config = state.finished(), state.config
     if sae.rule.looks_across_tokens:
         least = sae.rule.smallest_batch(sae.n_features) if isinstance(sae.rule, FeatureChoice) else 1
-        n_pool = -(-max(CALIBRATION_TOKENS, least) // config.batch_tokens)
-        sae.rule = calibrate(sae, _vectors(list(islice(stream, n_pool)), config.site).to(sae.b_dec.device))
+        pool = ahead.look(-(-max(CALIBRATION_TOKENS, least) // config.batch_tokens))
+        sae.rule = calibrate(sae, _vectors(pool, config.site).to(sae.b_dec.device))
     return sae
 
 
-def _vectors(batches: Iterable[Mapping[Site, ActivationBatch]], site: Site) -> torch.Tensor:
+def _vectors(batches: Iterable[Batches], site: Site) -> torch.Tensor:
     return torch.cat([batch[site].vectors for batch in batches])
 
 
 def _cfg(config: TrainConfig, source: ActivationSource, model_name: str, context_size: int | None) -> SAEConfig:
-    cfg = SAEConfig(
-        d_in=source.widths[config.site],
-        d_sae=config.n_features,
-        hook_name=str(config.site),
-        model_name=model_name,
-        context_size=context_size,
+    cfg = cfg_of(config, source.widths[config.site], source.widths[config.site_out] if config.site_out else None)
+    return with_metadata(
+        replace(cfg, model_name=model_name, context_size=context_size),
+        training=recipe(config) | {"learning_rate": config.peak_lr},
     )
-    return with_metadata(cfg, training=recipe(config))
-
-
-def recipe(config: TrainConfig) -> dict[str, Any]:
-    """A config as a file can hold it: numbers and names as they are, everything else as it prints."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)} | {"learning_rate": config.peak_lr}
-    plain = (bool, int, float, str, NoneType)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
 def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainConfig:
@@ -129,6 +173,15 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
                     f"the source supplies {', '.join(map(str, source.widths))}, not {site}; harvest that Site too"
                 )
     return first
+
+
+def _facts(source: ActivationSource) -> Mapping[str, Any]:
+    if not isinstance(source, ResumableSource):
+        raise SaekitError(
+            f"{type(source).__name__} cannot say what and where it reads, so its run cannot be resumed; "
+            "train without a run file, or give it `facts` and a `start` (saekit.activations.stream)"
+        )
+    return source.facts()
 
 
 def _check_finite(states: Sequence[TrainState], reports: Sequence[Report], step: int) -> None:

@@ -7,7 +7,6 @@ that has not begun to fall can be resumed with another length and is the same as
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from saekit.activations.text import Document, split_documents, stdlib_documents
 from saekit.activations.tokens import TokenRows, tokenize_documents
 from saekit.errors import DataError, FileError, SaekitError
+from saekit.training.state_file import (
+    check_unfinished,
+    optimizer_tensors,
+    read_state,
+    restore_optimizer,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -163,7 +168,7 @@ def pretrain(
         FileError: `resume` without a state, a state without `resume`, or a state of another model.
         DataError: less text than one batch.
     """
-    state_path = _state_path(out, resume=resume)
+    state_path = check_unfinished(out / STATE_FILE, resume=resume)
     train_documents, test_documents = split_documents(stdlib_documents(tests=True), held_out=config.held_out)
     tokenizer = train_tokenizer(train_documents, config.vocabulary, config.context)
     rows = tokenize_documents(train_documents, tokenizer, context=config.context)
@@ -205,17 +210,6 @@ def pretrain(
     return model
 
 
-def _state_path(out: Path, *, resume: bool) -> Path:
-    """Where the state is or will be, once it is clear that the run may begin."""
-    path = out / STATE_FILE
-    if resume and not path.exists():
-        raise FileError(f"nothing to resume in {out}: it has no {STATE_FILE}; start without --resume")
-    if not resume and path.exists():
-        raise FileError(f"{out} holds an unfinished run; pass --resume to go on, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def export_model(
     model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", config: PretrainConfig, out: Path
 ) -> None:
@@ -249,12 +243,8 @@ def _batch_rows(step: int, batch_rows: int, n_rows: int, seed: int) -> Tensor:
 def _save_state(path: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for which, optimizer in enumerate(optimizers):
-        for number, entries in optimizer.state_dict()["state"].items():
-            for name, tensor in entries.items():
-                tensors[f"optimizer.{which}.{number}.{name}"] = tensor.clone()
-    beside = path.with_suffix(".part")
-    save_file(tensors, beside, metadata={"step": str(step)})
-    os.replace(beside, path)
+        tensors |= optimizer_tensors(optimizer, f"optimizer.{which}")
+    write_state(path, tensors, {"step": str(step)})
 
 
 def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
@@ -267,16 +257,10 @@ def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optim
 
 
 def _restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    tensors = load_file(path)
+    tensors, metadata = read_state(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
     for which, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(f"optimizer.{which}."):
-                _, _, number, name = key.split(".")
-                state.setdefault(int(number), {})[name] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
+        restore_optimizer(optimizer, f"optimizer.{which}", tensors)
+    return int(metadata["step"])

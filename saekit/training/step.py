@@ -1,5 +1,6 @@
 """One training step. `measure` looks and changes nothing; `train_step` is the only thing that changes a state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,33 +68,51 @@ class TrainState:
         """Seeded weights, with biases and scales read off a sample of activations (and of targets)."""
         input_scale, centre_in = _scale_and_centre(config, sample)
         output_scale, centre_out = (input_scale, centre_in) if targets is None else _scale_and_centre(config, targets)
-        sae = _new_sae(config, sample, targets, cfg)
+        cfg = cfg or cfg_of(config, sample.shape[1], None if targets is None else targets.shape[1])
+        state = cls.blank(config, cfg, input_scale=input_scale, output_scale=output_scale, device=sample.device)
         with torch.no_grad():
-            sae.b_dec.copy_(centre_out)
+            state.sae.b_dec.copy_(centre_out)
+        if targets is not None:
+            state.input_centre = centre_in
+        state.set_extra(config.objective.extra(state.sae, state.inputs(sample)))
+        return state
+
+    @classmethod
+    def blank(
+        cls,
+        config: TrainConfig,
+        cfg: SAEConfig,
+        *,
+        input_scale: float,
+        output_scale: float,
+        device: torch.device | str = "cpu",
+    ) -> "TrainState":
+        """Seeded weights and no history: what `start`, or the file of an unfinished run, fills in."""
+        sae = SAE(cfg.d_in, config.n_features, config.rule, skip=config.skip, cfg=cfg)
+        sae.initialise(torch.Generator().manual_seed(config.seed))
         horizon = max(config.tokens / 10, 20.0 * config.batch_tokens)
-        state = cls(
+        return cls(
             config=config,
-            sae=sae,
+            sae=sae.to(device),
             extra={},
-            optimizer=torch.optim.Adam(sae.parameters(), lr=config.peak_lr),
-            density=RunningDensity.new(config.n_features, horizon=horizon, device=sample.device),
-            demand=RunningDensity.new(config.n_features, horizon=horizon / DEMAND_EVERY, device=sample.device),
+            optimizer=_adam(config, list(sae.parameters())),
+            density=RunningDensity.new(config.n_features, horizon=horizon, device=device),
+            demand=RunningDensity.new(config.n_features, horizon=horizon / DEMAND_EVERY, device=device),
             rule=config.rule,
             in_force=config.rule,
             input_scale=input_scale,
             output_scale=output_scale,
-            input_centre=torch.zeros_like(centre_in) if targets is None else centre_in,
+            input_centre=torch.zeros(cfg.d_in, device=device),
         )
-        extra = config.objective.extra(sae, state.inputs(sample))
-        state.extra = {name: nn.Parameter(start) for name, start in extra.items()}
-        state.optimizer = torch.optim.Adam(
-            state.trained(), lr=config.peak_lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True
-        )
-        return state
+
+    def set_extra(self, values: Mapping[str, Tensor]) -> None:
+        """Give the objective its tensors, and the optimiser what it now has to move."""
+        self.extra = {name: nn.Parameter(value) for name, value in values.items()}
+        self.optimizer = _adam(self.config, self.trained())
 
     def trained(self) -> list[nn.Parameter]:
-        """Everything that the optimiser moves."""
-        return [*self.sae.parameters(), *self.extra.values()]
+        """Everything that the optimiser moves, in an order that outlives a file."""
+        return [*self.sae.parameters(), *(self.extra[name] for name in sorted(self.extra))]
 
     def inputs(self, vectors: Vectors) -> Vectors:
         """Activations in the units of training."""
@@ -229,16 +248,21 @@ def _auxiliary(state: TrainState, x: Vectors, codes: SparseCodes, residual: Targ
     return aux_zipf_loss(state.sae, x, codes, density=state.density, options=options, residual=residual)
 
 
-def _new_sae(config: TrainConfig, sample: Vectors, targets: Targets | None, cfg: SAEConfig | None) -> SAE:
-    d_model = sample.shape[1]
-    cfg = cfg or SAEConfig(d_in=d_model, d_sae=config.n_features, hook_name=str(config.site))
-    cfg = replace(cfg, normalisation=EqualNorms() if config.equal_norms else Plain())
-    if targets is not None:
-        out = str(config.site_out or "")
-        cfg = replace(cfg, d_out=targets.shape[1], hook_name_out=out, apply_b_dec_to_input=False)
-    sae = SAE(d_model, config.n_features, config.rule, skip=config.skip, cfg=cfg)
-    sae.initialise(torch.Generator().manual_seed(config.seed))
-    return sae.to(sample.device)
+def _adam(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=config.peak_lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+
+
+def cfg_of(config: TrainConfig, d_in: int, d_out: int | None = None) -> SAEConfig:
+    """What an SAE trained by this config reads and writes; `d_out` is that of a transcoder."""
+    return SAEConfig(
+        d_in=d_in,
+        d_sae=config.n_features,
+        d_out=d_out,
+        hook_name=str(config.site),
+        hook_name_out=str(config.site_out or ""),
+        apply_b_dec_to_input=d_out is None,
+        normalisation=EqualNorms() if config.equal_norms else Plain(),
+    )
 
 
 def _scale_and_centre(config: TrainConfig, sample: Vectors) -> tuple[float, Float[Tensor, " d_model"]]:
