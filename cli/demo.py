@@ -45,7 +45,7 @@ class Demo:
         target = Target.load(command.model)
         configs = train_configs(command, target)
         corpus = read_corpus(command, target)
-        source = harvest_of(command, target, corpus, [configs[0].site])
+        source = harvest_of(command, target, corpus, configs)
         (facts,) = train_and_evaluate(command, target, corpus, configs, source)
         opened = OpenedSAE(SAE.load(command.out), target, configs[0].site, source.mask, command.text, corpus)
         page = self.out / "features.html"

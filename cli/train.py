@@ -12,8 +12,10 @@ from .output import Progress, columns, write_facts
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
-    from saekit.targets import Site, Target
+    from saekit.selection import SelectionRule
+    from saekit.targets import Target
     from saekit.training.config import TrainConfig
+    from saekit.training.objectives import Objective
     from saekit.training.saved_run import RunFile
 
 
@@ -29,6 +31,7 @@ class Train:
       saekit train --k 32 --features 4096 --tokens 1000000 --resume
       saekit train ./my-model ./notes.txt --site layers.3 --out my-sae
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
+      saekit train --site layers.2.mlp:in --site-out layers.2.mlp:out --skip
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pystd"
@@ -37,12 +40,21 @@ class Train:
     """The standard library's source, a file or folder, JSONL, token ids in a .npy file, or a data set on the Hub."""
     site: tuple[str, ...] = ()
     """Where to read; several give one SAE each from one forward pass. The middle layer if not given."""
-    rule: Literal["topk", "feature", "mutual"] = "topk"
-    """Who chooses: each token its features, each feature its tokens, or both at once."""
+    site_out: tuple[str, ...] = ()
+    """What to reconstruct, if not the input: one for each --site. Trains transcoders."""
+    skip: bool = False
+    """Give transcoders a linear connection past their features."""
+    rule: Literal["topk", "feature", "mutual", "relu", "gated", "jumprelu"] = "topk"
+    """Who chooses: each token its features, each feature its tokens, or both at once; or, with no budget, a
+    penalty on activity: L1 on ReLU activations, on gates, or a count of what passes trained thresholds."""
     k: int = 32
     """Mean number of active features per token."""
     exponent: float = 0.0
     """For --rule feature: budgets fall as rank to the minus this; 0 makes them equal."""
+    then_feature: float | None = None
+    """Share of the run after which --rule mutual or topk goes on as feature choice, on the curve it has led to."""
+    matryoshka: bool = False
+    """Every prefix of the dictionary has to reconstruct by itself; for rules with a budget."""
     features: int = 4096
     """Width of the dictionary."""
     tokens: int = 1_000_000
@@ -86,7 +98,7 @@ class Train:
         target = Target.load(self.model, device=self.device)
         configs = train_configs(self, target)
         corpus = read_corpus(self, target)
-        source = harvest_of(self, target, corpus, [config.site for config in configs])
+        source = harvest_of(self, target, corpus, configs)
         if run_file is None:
             facts = estimate(configs, source)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
@@ -141,23 +153,29 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
 
 def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
     """What the flags say, as one config per Site."""
+    from saekit.errors import SaekitError
     from saekit.losses import AuxK, AuxZipf
-    from saekit.selection import FeatureChoice, MutualChoice, TopK
     from saekit.targets import Site
     from saekit.training.config import TrainConfig
+    from saekit.training.schedule import ThenFeatureChoice
 
-    rules = {
-        "topk": lambda: TopK(command.k),
-        "mutual": lambda: MutualChoice(command.k),
-        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent),
-    }
     sites = [Site.parse(site) for site in command.site] or [target.middle_site()]
-    for site in sites:
+    sites_out = [Site.parse(site) for site in command.site_out] or [None] * len(sites)
+    if len(sites_out) != len(sites):
+        raise SaekitError(
+            f"{len(sites_out)} Sites to reconstruct for {len(sites)} to read; give one --site-out for each --site"
+        )
+    for site in filter(None, [*sites, *sites_out]):
         site.resolve(target.model)
+    rule, objective = rule_and_objective(command)
     return [
         TrainConfig(
             site=site,
-            rule=rules[command.rule](),
+            site_out=site_out,
+            skip=command.skip,
+            rule=rule,
+            objective=objective,
+            then=None if command.then_feature is None else ThenFeatureChoice(at=command.then_feature),
             n_features=command.features,
             tokens=command.tokens,
             batch_tokens=command.batch_tokens,
@@ -166,16 +184,36 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
             auxiliary={"zipf": AuxZipf(), "k": AuxK(), "none": None}[command.auxiliary],
             equal_norms=command.equal_norms,
         )
-        for site in sites
+        for site, site_out in zip(sites, sites_out, strict=True)
     ]
 
 
-def harvest_of(command: Train, target: "Target", corpus: "Corpus", sites: Sequence["Site"]) -> "Harvest":
+def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:
+    """Which matches are kept, and what is asked beside that."""
+    from saekit.errors import SaekitError
+    from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
+    from saekit.training.objectives import Gated, JumpReLU, Matryoshka, Reconstruction, ReLUL1
+
+    penalised = {"relu": ReLUL1, "gated": Gated, "jumprelu": JumpReLU}
+    if command.rule in penalised:
+        if command.matryoshka:
+            raise SaekitError(f"--matryoshka goes with a rule that has a budget, not with {command.rule}; try mutual")
+        return Threshold(0.0), penalised[command.rule](command.k)
+    rules = {
+        "topk": lambda: TopK(command.k),
+        "mutual": lambda: MutualChoice(command.k),
+        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent),
+    }
+    return rules[command.rule](), Matryoshka() if command.matryoshka else Reconstruction()
+
+
+def harvest_of(command: Train, target: "Target", corpus: "Corpus", configs: Sequence["TrainConfig"]) -> "Harvest":
     """The stream of activations that training reads."""
     from saekit.activations.harvest import Harvest
 
     # a buffer longer than the run would be filled for nothing
     buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
+    sites = dict.fromkeys(site for config in configs for site in (config.site, config.site_out) if site is not None)
     return Harvest(target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens)
 
 
@@ -224,10 +262,20 @@ def train_and_evaluate(
             **versions(),
         )
         sae.save(folder)
-        facts.append({"sae": str(folder), "site": str(config.site), "rule": repr(config.rule), **metrics})
+        facts.append({"sae": str(folder), "site": str(config.site), "rule": described(config), **metrics})
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
     return facts
+
+
+def described(config: "TrainConfig") -> str:
+    """The rule, or what takes its place, in a few words."""
+    from saekit.selection import Threshold
+    from saekit.training.objectives import Reconstruction
+
+    if isinstance(config.objective, Reconstruction):
+        return repr(config.rule)
+    return repr(config.objective) if isinstance(config.rule, Threshold) else f"{config.rule}, {config.objective}"
 
 
 def folder_name(site: str) -> str:
@@ -245,7 +293,6 @@ def versions() -> dict[str, str]:
 def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, Any]:
     """Memory, disk and time of a run; time by doing the first steps of it."""
     import time
-    from itertools import islice
 
     import torch
 
@@ -253,17 +300,20 @@ def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, A
 
     first = configs[0]
     widths = source.widths
-    numbers = sum(2 * config.n_features * (widths[config.site] + 1) for config in configs)
-    row_bytes = sum(4 * widths[config.site] + 41 for config in configs)
+    numbers = sum(
+        config.n_features * (widths[config.site] + widths[config.site_out or config.site] + 2) for config in configs
+    )
+    row_bytes = sum(4 * width + 41 for width in widths.values())
     began = time.perf_counter()
     one_pass = next(iter(source.in_order()))
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
     vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens] for site, batch in one_pass.items()}
-    states = [TrainState.start(config, vectors[config.site]) for config in configs]
+    batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
+    states = [TrainState.start(config, *batch) for config, batch in zip(configs, batches, strict=True)]
     began = time.perf_counter()
-    for _ in islice(range(3), 3):
-        for state in states:
-            train_step(state, vectors[state.config.site])
+    for _ in range(3):
+        for state, batch in zip(states, batches, strict=True):
+            train_step(state, *batch)
     step_s = (time.perf_counter() - began) / 3 * first.steps
     return {
         "weights_mb": round(numbers * 4 / 1e6, 1),

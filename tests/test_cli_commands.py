@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from saekit.activations.text import Document
 from saekit.errors import FileError
 from saekit.sae import SAE
+from saekit.selection import Threshold
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli.main import main
 from saekit_cli.output import Progress
@@ -237,9 +238,39 @@ def test_flags_win_over_the_config_file(place, tmp_path, capsys):
     assert (config["k"], config["metadata"]["training"]["seed"]) == (4, 5)
 
 
+@pytest.mark.parametrize("rule", ["relu", "gated", "jumprelu"])
+def test_a_rule_without_a_budget_becomes_thresholds(place, tmp_path, capsys, rule):
+    assert main(train_arguments(place, tmp_path / "sae", "--rule", rule, "--json")) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rule"].startswith({"relu": "ReLUL1", "gated": "Gated", "jumprelu": "JumpReLU"}[rule])
+    assert isinstance(SAE.load(tmp_path / "sae").rule, Threshold)
+
+
+def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):
+    ways = ["--rule", "mutual", "--matryoshka", "--then-feature", "0.5"]
+    assert main(train_arguments(place, tmp_path / "sae", *ways, "--json")) == 0
+    assert "Matryoshka" in json.loads(capsys.readouterr().out)["rule"]
+    recipe = SAE.load(tmp_path / "sae").cfg.metadata["training"]
+    assert recipe["then"].startswith("ThenFeatureChoice(at=0.5")
+
+
+def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, capsys):
+    sites = ["--site", "layers.0.mlp:in", "--site-out", "layers.0.mlp:out", "--skip", "--json"]
+    assert main(train_arguments(place, tmp_path / "sae", *sites)) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0 < facts["fvu"] < 1
+    sae = SAE.load(tmp_path / "sae")
+    assert sae.cfg.hook_name_out == "layers.0.mlp:out" and sae.W_skip is not None
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fvu"] == pytest.approx(facts["fvu"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--site-out", "layers.0", "layers.1"], "2 Sites to reconstruct for 1 to read; give one"),
+        (["--rule", "gated", "--matryoshka"], "goes with a rule that has a budget, not with gated; try mutual"),
+        (["--skip"], "skip connection from a Site to itself would explain everything"),
         (["--site", "layers.9"], "no submodule named 'layers.9'; closest"),
         (["--site", "layers.1:up"], "layers.1:up"),
         (["--k", "64"], "k=64 on 64 features would keep everything; choose k below the number of features"),

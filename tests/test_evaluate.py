@@ -15,6 +15,7 @@ from saekit.activations.tokens import TokenRows, tokenize_documents
 from saekit.analysis.evaluate import ce_recovered, evaluate
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
 from saekit.targets import Site, Target
 
@@ -288,3 +289,61 @@ def test_a_real_model_loses_what_is_known_of_it(stories_target, stories_rows):
     # published as 5.352, the mean taken over rows that are not named; over these it is 5.285, without BOS 5.290
     assert found.ce_mean == pytest.approx(5.352, rel=0.02)
     assert found.ce_mean == pytest.approx(5.2897, abs=2e-4)
+
+
+# transcoders
+
+
+def transcoder(read: str, written: str, *, skip: bool = True) -> SAE:
+    cfg = SAEConfig(d_in=WIDTH, d_sae=9, d_out=WIDTH, hook_name=read, hook_name_out=written, apply_b_dec_to_input=False)
+    sae = SAE(WIDTH, 9, TopK(3), skip=skip, cfg=cfg)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return sae
+
+
+def test_a_transcoder_is_measured_where_it_writes(target, rows):
+    sae, read, written = transcoder("mix:in", "mix"), Site.parse("mix:in"), Site.parse("mix")
+    found = evaluate(sae, target, rows, read)
+    x, y = (target.read(rows.ids, [site])[site] for site in (read, written))
+    keep = (rows.ids != BOS) & (rows.ids != PAD)
+    with torch.no_grad():
+        y_hat = sae(x)
+    error = (y - y_hat)[keep].double().square().sum()
+    assert found.fvu == pytest.approx(float(error / (y[keep] - y[keep].mean(0)).double().square().sum()), rel=1e-4)
+    replaced = torch.where(keep[..., None], y_hat, y)
+    following = rows.ids[:, 1:].flatten()
+    wanted = following != PAD
+
+    def loss(vectors: Tensor) -> float:
+        logits = target.model.unembed(vectors)[:, :-1].flatten(0, 1)
+        return float(cross_entropy(logits[wanted], following[wanted]).detach())
+
+    assert found.ce_clean == pytest.approx(loss(y), rel=1e-5)
+    assert found.ce_sae == pytest.approx(loss(replaced), rel=1e-5)
+    assert found.ce_zero == pytest.approx(loss(torch.zeros_like(y)), rel=1e-5)
+    assert found.ce_mean == pytest.approx(loss(y[keep].mean(0).expand_as(y)), rel=1e-4)
+
+
+def test_a_transcoder_that_writes_what_the_module_does_recovers_everything(target, rows):
+    sae = transcoder("mix:in", "mix")
+    with torch.no_grad():
+        sae.decoder.zero_()
+        sae.skip.copy_(target.model.mix.weight)
+        sae.b_dec.copy_(target.model.mix.bias)
+    found = evaluate(sae, target, rows, Site.parse("mix:in"))
+    assert found.fvu == pytest.approx(0, abs=1e-9)
+    assert found.ce_recovered == pytest.approx(1, abs=1e-5) and found.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_transcoder_whose_sites_are_the_wrong_way_round_is_refused(target, rows):
+    with pytest.raises(SaekitError, match=r"computes embed:out before mix:out.*swap the transcoder's Sites"):
+        evaluate(transcoder("mix", "embed"), target, rows, Site.parse("mix"))
+
+
+def test_a_transcoder_that_does_not_say_where_it_writes_is_refused(target, rows):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=9, d_out=4, apply_b_dec_to_input=False)
+    with pytest.raises(SaekitError, match=r"reads mix:out and does not say which Site its 4 numbers belong to"):
+        evaluate(SAE(WIDTH, 9, TopK(3), cfg=cfg), target, rows, Site.parse("mix"))

@@ -387,6 +387,7 @@ def test_sizes_that_nobody_set_follow_from_the_others():
         ({"rule": Threshold(0.5)}, r"nothing would make .* sparse; train TopK.*JumpReLU"),
         ({"rule": Threshold(0.5), "objective": Gated(3), "anneal": AnnealK(9)}, "Threshold has no k to anneal"),
         ({"rule": Threshold(0.5), "objective": Gated(3), "then": ThenFeatureChoice()}, "no k to anneal or to hand on"),
+        ({"site_out": SITE}, "layers.1:out to itself is an autoencoder; leave site_out away"),
         ({"skip": True}, "skip connection from a Site to itself would explain everything; give site_out"),
         ({"site_out": OTHER, "equal_norms": True}, "leave one of equal_norms and site_out away"),
     ],

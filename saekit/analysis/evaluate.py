@@ -14,6 +14,9 @@ zero and by its mean. Definitions, since tools differ:
     ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean)
     ce_recovered_mean    the same against mean ablation, which is the harsher yardstick
     kl                   nats from the clean prediction to the spliced one, mean over predicted tokens
+
+A transcoder is measured by what it makes of its input at the Site that it writes: all of the above but the
+codes is about that Site.
 """
 
 from collections.abc import Callable
@@ -96,18 +99,16 @@ def evaluate(
 
     Raises:
         DataError: if every token is masked.
-        SaekitError: if `sae` is a transcoder, whose output belongs elsewhere.
+        SaekitError: if `sae` is a transcoder that does not say which Site it writes.
     """
-    if sae.is_transcoder:
-        raise SaekitError(
-            f"{site} -> {sae.cfg.hook_name_out or 'another width'} is a transcoder, whose output cannot stand in for "
-            "its input; compare sae(x) with activations of its output Site by saekit.losses.fvu"
-        )
-    harvest = Harvest(target=target, rows=rows, sites=(site,), mask=mask, batch_rows=batch_rows)
+    written = _written_site(sae, site)
+    sites = (site,) if written == site else (site, written)
+    harvest = Harvest(target=target, rows=rows, sites=sites, mask=mask, batch_rows=batch_rows)
     reconstruction = _Reconstruction(sae)
     for part, batches in zip(rows.ids.split(batch_rows), harvest.in_order(), strict=True):
         if len(batches[site]):
-            reconstruction.observe(batches[site].vectors.to(sae.b_dec.device))
+            device = sae.b_dec.device
+            reconstruction.observe(batches[site].vectors.to(device), batches[written].vectors.to(device))
         on_progress(len(part))
     if reconstruction.tokens == 0:
         raise DataError(
@@ -116,7 +117,9 @@ def evaluate(
     losses = _NO_LOSSES
     if loss_rows is None or loss_rows > 0:
         read = rows.select(slice(loss_rows))
-        losses = _language_losses(sae, target, read, site, mask, reconstruction.mean, batch_rows, on_progress)
+        losses = _language_losses(
+            _Spliced(sae, target, read, site, written, mask), reconstruction.mean, batch_rows, on_progress
+        )
     density = reconstruction.density
     fit = zipf_fit(density)
     behind = underused(density, expected_density(density, fit)) & (density > 0)
@@ -162,13 +165,13 @@ class _Reconstruction:
         self.tokens = 0
         self.error = 0.0
         self.total_square = 0.0
-        self.total = torch.zeros(sae.d_model, dtype=torch.float64)
+        self.total = torch.zeros(sae.d_out, dtype=torch.float64)
         self.counts = torch.zeros(sae.n_features, dtype=torch.int64)
         self.l0_counts = torch.zeros(1, dtype=torch.int64)
 
-    def observe(self, vectors: Float[Tensor, "n d_model"]) -> None:
+    def observe(self, vectors: Float[Tensor, "n d_model"], targets: Float[Tensor, "n d_out"]) -> None:
         codes = self.sae.encode(vectors)
-        exact = vectors.double()
+        exact = targets.double()
         self.error += float((exact - self.sae.decode(codes, vectors)).square().sum())
         self.total_square += float(exact.square().sum())
         self.total += exact.sum(0).cpu()
@@ -179,7 +182,7 @@ class _Reconstruction:
         self.l0_counts = _padded(self.l0_counts, longest) + _padded(batch_l0, longest)
 
     @property
-    def mean(self) -> Float[Tensor, " d_model"]:
+    def mean(self) -> Float[Tensor, " d_out"]:
         return self.total / self.tokens
 
     @property
@@ -204,27 +207,66 @@ def _padded(counts: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(counts, (0, length - len(counts)))
 
 
+def _written_site(sae: SAE, site: Site) -> Site:
+    if not sae.is_transcoder:
+        return site
+    if not sae.cfg.hook_name_out:
+        raise SaekitError(
+            f"this transcoder reads {site} and does not say which Site its {sae.d_out} numbers belong to; "
+            "set hook_name_out in its cfg"
+        )
+    return Site.parse(sae.cfg.hook_name_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spliced:
+    """A model that goes on with what the SAE makes of `site`, at `site` or, for a transcoder, at `written`."""
+
+    sae: SAE
+    target: Target
+    rows: TokenRows
+    site: Site
+    written: Site
+    mask: MaskPolicy
+
+    def run(self, ids: Int[Tensor, "batch context"]) -> Tensor:
+        if self.written == self.site:
+            tokens = TokenMask(policy=self.mask, bos=self.rows.bos, pad=self.rows.pad)
+            return run_with_saes(self.target, ids, {self.site: self.sae}, use_error_term=False, mask=tokens)
+        seen: list[Tensor] = []
+
+        def look(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+        def replace(y: Tensor) -> Tensor:
+            if not seen:
+                raise SaekitError(
+                    f"the model computes {self.written} before {self.site}, so nothing read there can be written here; "
+                    "swap the transcoder's Sites"
+                )
+            keep = self.mask.keep(self.rows, ids, seen[0].float().cpu()).to(y.device)
+            replaced = y.clone()
+            replaced[keep] = self.sae(seen[0][keep].to(self.sae.b_dec)).to(y)
+            return replaced
+
+        return self.target.run(ids, edits={self.site: look, self.written: replace})
+
+
 def _language_losses(
-    sae: SAE,
-    target: Target,
-    rows: TokenRows,
-    site: Site,
-    mask: MaskPolicy,
-    mean: Tensor,
-    batch_rows: int,
-    on_progress: Callable[[int], None],
+    spliced: _Spliced, mean: Tensor, batch_rows: int, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
+    target, rows, written = spliced.target, spliced.rows, spliced.written
     sums: dict[str, float] = dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl"), 0.0)
     predicted = 0
-    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
     for ids in rows.ids.split(batch_rows):
         following = ids[:, 1:].flatten()
         wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
         outputs = {
             "ce_clean": target.run(ids),
-            "ce_sae": run_with_saes(target, ids, {site: sae}, use_error_term=False, mask=tokens),
-            "ce_zero": target.run(ids, edits={site: torch.zeros_like}),
-            "ce_mean": target.run(ids, edits={site: lambda x: mean.to(x).expand_as(x)}),
+            "ce_sae": spliced.run(ids),
+            "ce_zero": target.run(ids, edits={written: torch.zeros_like}),
+            "ce_mean": target.run(ids, edits={written: lambda x: mean.to(x).expand_as(x)}),
         }
         log_probs = {name: _log_probs(logits)[wanted] for name, logits in outputs.items()}
         for name, predictions in log_probs.items():

@@ -81,6 +81,8 @@ class TrainConfig:
                 f"k={self.k} on {self.n_features:,} features would keep everything; "
                 "choose k below the number of features"
             )
+        if self.site_out == self.site:
+            raise SaekitError(f"{self.site} to itself is an autoencoder; leave site_out away, or name another Site")
         if self.site_out is None and self.skip:
             raise SaekitError("a skip connection from a Site to itself would explain everything; give site_out too")
         if self.site_out is not None and self.equal_norms:
