@@ -1,0 +1,115 @@
+"""Crosscoders (Lindsey et al., 2024): one dictionary over several Sites, so that a feature is the same at all of them.
+
+    codes      = rule(sum over Sites of (x_s - b_dec_s) @ W_enc_s + b_enc)
+    x_hat_s    = codes @ W_dec_s + b_dec_s
+
+An SAE over the Sites' vectors put end to end computes exactly this, so that is what it is here: all rules,
+losses and objectives serve. A feature's decoder rows have unit norm over all Sites together; how the norm
+is spread says where the feature lives.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saekit.codes import SparseCodes
+from saekit.errors import FileError, ShapeError
+from saekit.sae import SAE
+from saekit.sae_config import with_metadata
+from saekit.targets import Site
+
+_KEY = "crosscoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Crosscoder:
+    """An SAE over several Sites.
+
+    Attributes:
+        sae: over the concatenation of the Sites' vectors, in their order.
+        widths: how many numbers each Site has, in the order of the dictionary.
+    """
+
+    sae: SAE
+    widths: dict[Site, int]
+
+    def __post_init__(self) -> None:
+        if sum(self.widths.values()) != self.sae.d_model:
+            raise ShapeError(
+                f"Sites of {', '.join(map(str, self.widths.values()))} numbers make {sum(self.widths.values())}, but "
+                f"the SAE encodes {self.sae.d_model}; give the widths that it was trained on"
+            )
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.widths)
+
+    def encode(self, vectors: Mapping[Site, Float[Tensor, "n_tokens d_site"]]) -> SparseCodes:
+        """The codes that all Sites share.
+
+        Raises:
+            ShapeError: a Site is missing, or has another width or number of tokens than it should.
+        """
+        return self.sae.encode(join(vectors, self.widths))
+
+    def decode(self, codes: SparseCodes) -> dict[Site, Tensor]:
+        """The reconstruction at each Site, `(n_tokens, d_site)`."""
+        return self._by_site(self.sae.decode(codes))
+
+    def decoder(self) -> dict[Site, Tensor]:
+        """What each feature writes at each Site, `(n_features, d_site)`."""
+        return self._by_site(self.sae.W_dec)
+
+    def decoder_norms(self) -> Float[Tensor, "n_features n_sites"]:
+        """How much each feature writes at each Site."""
+        return torch.stack([rows.norm(dim=1) for rows in self.decoder().values()], dim=1)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the native folder of the SAE; Sites and widths go with its metadata."""
+        described = {str(site): width for site, width in self.widths.items()}
+        cfg, self.sae.cfg = self.sae.cfg, with_metadata(self.sae.cfg, **{_KEY: described})
+        try:
+            self.sae.save(folder)
+        finally:
+            self.sae.cfg = cfg
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Crosscoder":
+        """Read a folder that `save` wrote.
+
+        Raises:
+            FileError: there is none, it is damaged, or it holds an SAE of one Site.
+        """
+        sae = SAE.load(folder, device=device)
+        described = sae.cfg.metadata.get(_KEY)
+        if not isinstance(described, Mapping):
+            raise FileError(f"{folder} holds an SAE of one Site, not a crosscoder; load it with SAE.load")
+        return cls(sae, {Site.parse(site): int(width) for site, width in described.items()})
+
+    def _by_site(self, joined: Float[Tensor, "rows d_model"]) -> dict[Site, Tensor]:
+        return dict(zip(self.widths, joined.split(list(self.widths.values()), dim=1), strict=True))
+
+
+def join(
+    vectors: Mapping[Site, Float[Tensor, "n_tokens d_site"]], widths: Mapping[Site, int]
+) -> Float[Tensor, "n_tokens d_model"]:
+    """The vectors of each token end to end, in the order of `widths`.
+
+    Raises:
+        ShapeError: a Site is missing, or has another width or number of tokens than it should.
+    """
+    missing = [str(site) for site in widths if site not in vectors]
+    if missing:
+        raise ShapeError(f"a crosscoder reads all of its Sites, and {', '.join(missing)} is missing; read it too")
+    shapes = {str(site): tuple(vectors[site].shape) for site in widths}
+    n_tokens = len(vectors[next(iter(widths))])
+    if any(shapes[str(site)] != (n_tokens, width) for site, width in widths.items()):
+        raise ShapeError(
+            f"the Sites of a crosscoder need one vector for each token, {', '.join(map(str, widths.values()))} wide, got "
+            f"{', '.join(map(str, shapes.values()))}; read them in one pass, with one mask"
+        )
+    return torch.cat([vectors[site] for site in widths], dim=1)

@@ -1,0 +1,149 @@
+"""Crosscoders: the equations per Site, what training finds at each, the folder, refusals."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from saekit.activations.batch import ActivationBatch
+from saekit.crosscoder import Crosscoder
+from saekit.errors import FileError, SaekitError, ShapeError
+from saekit.losses import fvu
+from saekit.sae import SAE
+from saekit.selection import MutualChoice, TopK
+from saekit.targets import Site
+from saekit.training import crosscoder as training
+from saekit.training import loop
+from saekit.training.config import TrainConfig
+from saekit.training.crosscoder import train_crosscoder
+
+EARLY, LATE = Site.parse("layers.1"), Site.parse("layers.4")
+WIDTHS = {EARLY: 8, LATE: 12}
+DIRECTIONS = {
+    site: torch.nn.functional.normalize(torch.randn(10, width, generator=torch.Generator().manual_seed(width)), dim=1)
+    for site, width in WIDTHS.items()
+}
+
+
+def random_crosscoder() -> Crosscoder:
+    sae = SAE(20, 16, TopK(3)).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    return Crosscoder(sae, WIDTHS)
+
+
+def vectors(n: int = 7) -> dict[Site, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {site: torch.randn(n, width, generator=generator, dtype=torch.float64) for site, width in WIDTHS.items()}
+
+
+class Shared:
+    """Both Sites carry the same sparse causes, the late one a hundred times as large; one cause is missing early."""
+
+    widths = WIDTHS
+
+    def draw(self, n: int, seed: int) -> dict[Site, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        causes = (torch.rand(n, 10, generator=generator).argsort(1) < 2) * (
+            torch.rand(n, 10, generator=generator) + 0.5
+        )
+        here = {EARLY: causes * (torch.arange(10) > 0), LATE: causes}
+        return {EARLY: here[EARLY] @ DIRECTIONS[EARLY] + 1, LATE: here[LATE] @ DIRECTIONS[LATE] * 100 - 30}
+
+    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[dict[Site, ActivationBatch]]:
+        while True:
+            seed += 1
+            drawn = self.draw(batch_tokens, seed)
+            yield {site: ActivationBatch.from_vectors(x) for site, x in drawn.items()}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Crosscoder:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop, "SAMPLE_TOKENS", 2048)
+    patch.setattr(training, "SAMPLE_TOKENS", 2048)
+    config = TrainConfig(
+        site=EARLY, rule=TopK(2), n_features=24, tokens=250 * 256, batch_tokens=256, learning_rate=1e-2
+    )
+    found = train_crosscoder(config, Shared(), [EARLY, LATE])
+    patch.undo()
+    return found
+
+
+def test_codes_are_shared_and_each_site_has_its_own_decoder():
+    cross, x = random_crosscoder(), vectors()
+    sae = cross.sae
+    blocks = {EARLY: slice(0, 8), LATE: slice(8, 20)}
+    pre_acts = sum((x[s] - sae.b_dec[b]) @ sae.encoder[:, b].T for s, b in blocks.items()) + sae.b_enc
+    codes = cross.encode(x)
+    torch.testing.assert_close(codes.to_dense(), TopK(3)(pre_acts).to_dense())
+    for site, block in blocks.items():
+        torch.testing.assert_close(
+            cross.decode(codes)[site], codes.to_dense() @ sae.decoder[:, block] + sae.b_dec[block]
+        )
+        assert torch.equal(cross.decoder()[site], sae.W_dec[:, block])
+    assert cross.decoder_norms().shape == (16, 2)
+    torch.testing.assert_close(cross.decoder_norms().square().sum(1), sae.W_dec.square().sum(1))
+
+
+def test_all_sites_are_reconstructed_however_loud_one_of_them_is(trained):
+    x = Shared().draw(2048, seed=999_999)
+    with torch.no_grad():
+        reconstructed = trained.decode(trained.encode(x))
+    for site in WIDTHS:
+        assert float(fvu(x[site], reconstructed[site])) < 0.15, site
+    assert trained.sites == (EARLY, LATE)
+
+
+def test_a_feature_that_is_missing_at_a_site_writes_nothing_there(trained):
+    written = {site: torch.nn.functional.normalize(rows, dim=1) for site, rows in trained.decoder().items()}
+    similarity = written[LATE] @ DIRECTIONS[LATE].T
+    best = similarity.argmax(0)  # the feature of each cause
+    norms = trained.decoder_norms() / torch.tensor([1.0, 100.0])  # in units of each Site's causes
+    share = norms[best, 0] / norms[best].sum(1)
+    assert share[0] < 0.15 and share[1:].min() > 0.25
+
+
+def test_it_comes_back_from_its_folder(tmp_path):
+    cross = random_crosscoder()
+    cross.sae.float()
+    metadata = dict(cross.sae.cfg.metadata)
+    cross.save(tmp_path / "cross")
+    back = Crosscoder.load(tmp_path / "cross")
+    assert back.widths == WIDTHS and list(back.widths) == list(WIDTHS)
+    assert torch.equal(back.sae.encoder, cross.sae.encoder)
+    assert cross.sae.cfg.metadata == metadata
+
+
+def test_an_sae_of_one_site_is_no_crosscoder(tmp_path):
+    SAE(4, 8, TopK(2)).save(tmp_path / "sae")
+    with pytest.raises(FileError, match=r"holds an SAE of one Site, not a crosscoder; load it with SAE\.load"):
+        Crosscoder.load(tmp_path / "sae")
+
+
+def test_sites_that_do_not_fit_are_refused():
+    cross, x = random_crosscoder(), vectors()
+    with pytest.raises(ShapeError, match=r"layers\.4:out is missing; read it too"):
+        cross.encode({EARLY: x[EARLY]})
+    with pytest.raises(ShapeError, match=r"one vector for each token.*\(6, 12\).*in one pass"):
+        cross.encode({EARLY: x[EARLY], LATE: x[LATE][1:]})
+    with pytest.raises(ShapeError, match=r"Sites of 8, 3 numbers make 11, but the SAE encodes 20"):
+        Crosscoder(cross.sae, {EARLY: 8, LATE: 3})
+
+
+@pytest.mark.parametrize(
+    ("sites", "changes", "message"),
+    [
+        ([EARLY], {}, r"two or more different Sites .*got layers\.1:out; the source supplies layers\.1:out, layers\.4"),
+        ([EARLY, EARLY], {}, "two or more different Sites"),
+        ([EARLY, Site.parse("layers.9")], {}, r"got layers\.1:out, layers\.9:out"),
+        ([EARLY, LATE], {"equal_norms": True}, "leave site_out and equal_norms away"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(sites, changes, message):
+    config = TrainConfig(site=EARLY, rule=MutualChoice(2), n_features=24, tokens=512, batch_tokens=256, **changes)
+    with pytest.raises(SaekitError, match=message):
+        train_crosscoder(config, Shared(), sites)
