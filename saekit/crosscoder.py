@@ -109,7 +109,8 @@ def join(
     n_tokens = len(vectors[next(iter(widths))])
     if any(shapes[str(site)] != (n_tokens, width) for site, width in widths.items()):
         raise ShapeError(
-            f"the Sites of a crosscoder need one vector for each token, {', '.join(map(str, widths.values()))} wide, got "
-            f"{', '.join(map(str, shapes.values()))}; read them in one pass, with one mask"
+            "the Sites of a crosscoder need one vector for each token, "
+            f"{', '.join(map(str, widths.values()))} numbers wide, got {', '.join(map(str, shapes.values()))}; "
+            "read them in one pass, with one mask"
         )
     return torch.cat([vectors[site] for site in widths], dim=1)

@@ -131,7 +131,7 @@ def test_a_seed_decides_the_weights_and_another_gives_others(tmp_path):
 
 
 def test_the_learning_rate_is_a_trapezoid():
-    config = PretrainConfig(tokens=4096 * 1000, warmup_tokens=4096 * 50, decay=0.4)
+    config = PretrainConfig(batch_tokens=4096, tokens=4096 * 1000, warmup_tokens=4096 * 50, decay=0.4)
     assert [config.lr_factor(step) for step in (0, 24, 49, 50, 600, 800, 999)] == [0.02, 0.5, 1, 1, 1, 0.5, 1 / 400]
 
 

@@ -143,7 +143,9 @@ def test_two_saes_trained_together_are_the_two_trained_apart(rule, vectors):
 def test_every_batch_of_the_stream_is_learnt_from_once_and_in_its_order(vectors, monkeypatch):
     """Those that set up the pre-bias too, and calibration reads on behind them."""
     learnt, pools = [], []
-    monkeypatch.setattr(loop, "train_step", lambda state, x: (learnt.append(x), train_step(state, x))[1])
+    monkeypatch.setattr(
+        loop, "train_step", lambda state, x, *a, **k: (learnt.append(x), train_step(state, x, *a, **k))[1]
+    )
     calibrate = loop.calibrate
     monkeypatch.setattr(loop, "calibrate", lambda sae, pool: (pools.append(pool), calibrate(sae, pool))[1])
     train([config(12, rule=MutualChoice(3))], source_of(vectors))
