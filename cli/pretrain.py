@@ -18,13 +18,13 @@ class Pretrain:
     not begun to fall.
 
     Example:
-      saekit pretrain my-model --tokens 18000000
-      saekit pretrain my-model --tokens 18000000 --resume
+      saekit pretrain my-model --tokens 24000000
+      saekit pretrain my-model --tokens 24000000 --resume
     """
 
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write."""
-    tokens: int = 18_000_000
+    tokens: int = 24_000_000
     """Length of training."""
     seed: int = 0
     resume: bool = False

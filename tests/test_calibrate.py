@@ -1,14 +1,21 @@
 """Thresholds that keep on single tokens what a batch rule keeps on a batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from saekit.activations.corpus import load_corpus
+from saekit.activations.harvest import Harvest
+from saekit.activations.tokens import TokenRows
 from saekit.errors import SaekitError
+from saekit.losses import fvu
 from saekit.normalisation import EqualNorms, Plain
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+from saekit.targets import Site, Target
 from saekit.training.calibrate import calibrate
 
 D_MODEL, N_FEATURES, K = 12, 40, 4
@@ -60,7 +67,7 @@ def ranks_in_competition(sae: SAE, pool: Tensor) -> Tensor:
     with torch.no_grad():
         counts = sae.with_rule(MutualChoice(K)).encode(pool).feature_counts()
     order = counts.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(N_FEATURES))
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -106,3 +113,32 @@ def test_calibration_leaves_the_sae_as_it_was():
 def test_a_rule_that_decides_token_by_token_is_refused(rule):
     with pytest.raises(SaekitError, match=rf"{type(rule).__name__} decides token by token already; only Mutual"):
         calibrate(sae_with(rule), vectors(100, 0))
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[SAE, Tensor, Tensor]:
+    """The bundled SAE, and activations of two sets of rows drawn from one text."""
+    target, sae = Target.load("pystd"), SAE.from_pretrained("pystd", "layers.2")
+    site = Site.parse(sae.cfg.hook_name)
+    corpus = load_corpus("stdlib", target.tokenizer, context=256)
+    drawn = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(0))
+
+    def read(rows: TokenRows) -> Tensor:
+        harvest = Harvest(target=target, rows=rows, sites=(site,))
+        return torch.cat([batches[site].vectors for batches in harvest.in_order()])
+
+    return sae, read(corpus.train.select(drawn[:200])), read(corpus.train.select(drawn[200:300]))
+
+
+@pytest.mark.parametrize("rule", [MutualChoice(32), FeatureChoice(32, exponent=0.7, offset=40.0, floor=1)], ids=str)
+def test_on_a_real_model_thresholds_serve_unseen_tokens_as_the_rule_serves_a_batch_of_them(rule, bundled):
+    sae, pool, unseen = bundled
+    sae = sae.with_rule(rule)
+    if isinstance(rule, FeatureChoice):
+        sae = sae.with_rule(replace(rule, ranks=ranks_in_competition(sae, pool)))
+    single = sae.with_rule(calibrate(sae, pool))
+    with torch.no_grad():
+        batch_l0, single_l0 = active_per_token(sae, unseen), active_per_token(single, unseen)
+        batch_fvu, single_fvu = float(fvu(unseen, sae(unseen))), float(fvu(unseen, single(unseen)))
+    assert single_l0 == pytest.approx(batch_l0, rel=0.02)
+    assert single_fvu < batch_fvu * 1.02

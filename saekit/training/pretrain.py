@@ -47,7 +47,7 @@ class PretrainConfig:
     n_kv_heads: int = 4
     d_mlp: int = 608
     context: int = 512
-    tokens: int = 44_000_000
+    tokens: int = 24_000_000
     batch_tokens: int = 8192
     hidden_lr: float = 8e-3
     """Muon's learning rate, in Adam's units (updates scaled to Adam's usual size)."""
