@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check bench bench-allocation clean
+.PHONY: help .venv demo test check interop bench bench-allocation clean
 
 help:
 	@echo 'make demo    bundled model -> SAE -> evaluation -> a page of features'
 	@echo 'make test    every test and notebook'
 	@echo 'make check   format, lint and types'
+	@echo 'make interop SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
 	@echo 'make bench   the bundled model beside a trigram and lzma'
 	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 ten minutes'
 	@echo 'make .venv   only set up; PYTHON=python3.12 chooses the interpreter'
@@ -39,6 +40,22 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# their own environment: they pin what saekit does not, and nnsight 0.3 asks for no newer torch
+INTEROP := .venv-interop
+PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+
+$(INTEROP)/.ready: constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install torch -c constraints.txt
+	$(INTEROP)/bin/python -m pip install $(PEERS)
+	@touch $@
+
+interop: $(READY) $(INTEROP)/.ready
+	rm -rf tests/golden/formats
+	for library in saelens sparsify dictionary_learning; do \
+	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
+	$(BIN)/python -m pytest -m 'interop or not slow' tests/test_formats_parity.py tests/test_formats_interop.py
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
 
@@ -46,4 +63,4 @@ bench-allocation: $(READY)
 	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
