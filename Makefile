@@ -40,7 +40,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# their own environment: they pin what saekit does not, and nnsight 0.3 asks for no newer torch
+# an environment of their own: they bring much that saekit does without
 INTEROP := .venv-interop
 PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 
