@@ -7,13 +7,14 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check bench bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check interop bench bench-allocation clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
 	@echo 'make test         every test and notebook'
 	@echo 'make test-lens3   what concerns TransformerLens, with version 3 of it'
 	@echo 'make check        format, lint and types'
+	@echo 'make interop      SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
 	@echo 'make bench        the bundled model beside a trigram and lzma'
 	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
 	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
@@ -52,6 +53,22 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# an environment of their own: they bring much that saekit does without
+INTEROP := .venv-interop
+PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+
+$(INTEROP)/.ready: constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install torch -c constraints.txt
+	$(INTEROP)/bin/python -m pip install $(PEERS)
+	@touch $@
+
+interop: $(READY) $(INTEROP)/.ready
+	rm -rf tests/golden/formats
+	for library in saelens sparsify dictionary_learning; do \
+	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
+	$(BIN)/python -m pytest -m 'interop or not slow' tests/test_formats_parity.py tests/test_formats_interop.py
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
 
@@ -59,4 +76,4 @@ bench-allocation: $(READY)
 	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)
 
 clean:
-	rm -rf .venv $(LENS3) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(LENS3) .venv-interop build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

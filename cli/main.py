@@ -21,10 +21,12 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 from .config_file import config_defaults
+from .convert import Convert
 from .demo import Demo
 from .doctor import Doctor
 from .evaluate import Eval
 from .export import Export
+from .info import Info
 from .pretrain import Pretrain
 from .stability import Stability
 from .steer import Steer
@@ -45,6 +47,8 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Eval,
     "stability": Stability,
     "export": Export,
+    "info": Info,
+    "convert": Convert,
     "steer": Steer,
     "pretrain": Pretrain,
     "doctor": Doctor,

@@ -6,6 +6,7 @@ from pathlib import Path
 from saekit.activations.corpus import Corpus, load_corpus, load_rows
 from saekit.activations.mask import MaskPolicy
 from saekit.errors import SaekitError
+from saekit.loading import load
 from saekit.sae import SAE
 from saekit.targets import Site, Target
 
@@ -39,7 +40,7 @@ def open_sae(
     Raises:
         SaekitError: if the folder does not say what the SAE belongs to and the caller does not either.
     """
-    sae = SAE.load(folder, device=device)
+    sae = load(folder, device=device)
     recorded = sae.cfg.metadata
     own_text = recorded.get("text")
     settled = {"model": model or sae.cfg.model_name, "text": text or own_text, "site": site or sae.cfg.hook_name}

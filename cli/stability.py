@@ -56,9 +56,9 @@ class Stability:
 
     def run(self) -> int:
         from saekit.analysis.stability import measure_stability
-        from saekit.sae import SAE
+        from saekit.loading import load
 
-        saes = [SAE.load(folder, device=self.device) for folder in self.saes]
+        saes = [load(folder, device=self.device) for folder in self.saes]
         check_one_site(self.saes, saes)
         densities = None
         if self.rows > 0:

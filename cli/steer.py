@@ -76,11 +76,12 @@ class Steer:
     def facts(self) -> dict[str, Any]:
         from saekit.activations.mask import MaskPolicy
         from saekit.errors import SaekitError
+        from saekit.loading import load
         from saekit.patching.generation import Sampling, encode_prompt, steer
         from saekit.sae import SAE
         from saekit.targets import Site, Target
 
-        sae = SAE.from_pretrained("pystd", "layers.2") if self.sae is None else SAE.load(self.sae, device=self.device)
+        sae = SAE.from_pretrained("pystd", "layers.2") if self.sae is None else load(self.sae, device=self.device)
         settled = {"model": self.model or sae.cfg.model_name, "site": self.site or sae.cfg.hook_name}
         for what, value in settled.items():
             if not value:

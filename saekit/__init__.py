@@ -2,6 +2,7 @@
 
 from saekit.codes import SparseCodes as SparseCodes
 from saekit.errors import SaekitError as SaekitError
+from saekit.loading import load as load
 from saekit.sae import SAE as SAE
 from saekit.selection import FeatureChoice as FeatureChoice
 from saekit.selection import MutualChoice as MutualChoice

@@ -2,8 +2,10 @@
 
 `cfg.json` — a superset of what SAELens (6 and later) writes:
 
-    architecture                "topk" with `k`, "jumprelu", "jumprelu_transcoder" or "jumprelu_skip_transcoder";
-                                "saekit" for what SAELens has no name for (a batch rule not yet calibrated)
+    sae_lens_version            of the oldest SAELens whose folders are of this form: it takes others for older ones
+    architecture                "topk" or "abstopk" with `k`, "jumprelu", "jumprelu_transcoder" or
+                                "jumprelu_skip_transcoder"; "saekit" for what SAELens has no name for (a batch rule
+                                not yet calibrated)
     d_in, d_sae                 width of the input, number of features; d_out as well for a transcoder
     dtype, device               of the weights on disk ("float32" or "float16"); "cpu"
     apply_b_dec_to_input        true: the encoder reads `x - b_dec`; false for a transcoder
@@ -66,8 +68,9 @@ def describe(
     is_transcoder = bool(d_out or metadata.get("hook_name_out"))
     architecture = _architecture(rule, is_transcoder=is_transcoder, skip=skip)
     return {
+        "sae_lens_version": "6.0.0",
         "architecture": architecture,
-        **({"k": rule["k"]} if architecture == "topk" else {}),
+        **({"k": rule["k"]} if architecture in ("topk", "abstopk") else {}),
         "d_in": d_in,
         "d_sae": d_sae,
         **({"d_out": d_out or d_in} if is_transcoder else {}),
@@ -83,33 +86,38 @@ def describe(
 
 def _architecture(rule: Mapping[str, Any], *, is_transcoder: bool, skip: bool) -> str:
     """SAELens' name for it, if it has one."""
-    if rule["name"] == "Threshold":
-        return f"jumprelu{'_skip' if skip else ''}_transcoder" if is_transcoder else "jumprelu"
-    is_topk = rule["name"] == "TopK" and rule["relu"] and not is_transcoder
-    return "topk" if is_topk else "saekit"
+    if rule["name"] == "Threshold" and is_transcoder:
+        return f"jumprelu{'_skip' if skip else ''}_transcoder"
+    if is_transcoder or skip:
+        return "saekit"
+    if rule["name"] == "TopK":
+        return "topk" if rule["relu"] else "saekit"
+    return {"Threshold": "jumprelu", "AbsTopK": "abstopk"}.get(rule["name"], "saekit")
 
 
-def save(folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save(
+    folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor], weights_file: str = WEIGHTS_FILE
+) -> None:
     """Write both files, or neither.
 
     Raises:
         FileError: if there is no space or no right to write there, or something other than an SAE is there.
     """
-    check_writable(folder)
+    check_writable(folder, weights_file=weights_file)
     with written_whole(folder) as beside:
         (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / WEIGHTS_FILE)
-        (beside / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / weights_file)
+        (beside / weights_file).chmod(0o644)  # safetensors makes it private
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> None:
     """Find out before hours of work, not after, that `save` cannot write here.
 
     Raises:
         FileError: if there is no right to, or if replacing the folder would delete other files in it.
     """
     try:
-        others = {path.name for path in folder.iterdir()} - {CONFIG_FILE, WEIGHTS_FILE} if folder.exists() else set()
+        others = {path.name for path in folder.iterdir()} - {CONFIG_FILE, weights_file} if folder.exists() else set()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
@@ -128,7 +136,7 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         FileError: saying which file is missing, damaged, of a newer version, or does not fit the other.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; copy the folder again, with both files")
@@ -136,6 +144,16 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise FileError(f"{path} is damaged or cut short ({error}); copy or download it again") from error
+    check_tensors(path, config, tensors)
+    return config, tensors
+
+
+def check_tensors(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the tensors in the file at `path`, or their shapes alone, with what the config says.
+
+    Raises:
+        FileError: one is missing, or of another shape.
+    """
     d_in, d_sae = config["d_in"], config["d_sae"]
     d_out = config.get("d_out", d_in)
     expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
@@ -151,10 +169,14 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{name} in {path} is {tuple(tensors[name].shape)}, but {CONFIG_FILE} says {shape}; "
                 "the two files belong to different SAEs"
             )
-    return config, tensors
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of `cfg.json`, with every key that belongs in it.
+
+    Raises:
+        FileError: a file that is missing, damaged, of a newer version, or not saekit's.
+    """
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileError(

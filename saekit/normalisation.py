@@ -3,7 +3,7 @@
     Plain           u = x - b                                 x_hat = y
     EqualNorms      u = (x - b) / s,   s = |x - b| / sqrt(d)  x_hat = y          codes are multiplied by s
     ConstantNorm    u = x / s - b,     s = |x| / sqrt(d)      x_hat = y * s
-    LayerNorm       u = (x - m) / s - b                       x_hat = y * s + m
+    LayerNorm       u = (x - m) / (s + eps) - b               x_hat = y * s + m
 
 with `b` the bias that the encoder subtracts and `y = codes @ W_dec + b_dec`. Values without state: what a
 token needs on the way out is read off that token again, so decoding never depends on what was encoded
@@ -96,17 +96,13 @@ class LayerNorm:
     needs_input: ClassVar[bool] = True
 
     def prepare(self, x: Vectors, bias: Float[Tensor, " d_model"] | None) -> tuple[Vectors, PerToken | None]:
-        mean, scale = self._statistics(x)
-        scaled = (x - mean) / scale
+        scaled = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + self.eps)
         return scaled if bias is None else scaled - bias, None
 
     def restore(self, y: Outputs, x: Vectors | None) -> Outputs:
         assert x is not None
-        mean, scale = self._statistics(x)
-        return y * scale + mean
-
-    def _statistics(self, x: Vectors) -> tuple[PerToken, PerToken]:
-        return x.mean(1, keepdim=True), x.std(1, keepdim=True) + self.eps
+        # without eps, as in both libraries
+        return y * x.std(1, keepdim=True) + x.mean(1, keepdim=True)
 
 
 BY_NAME: dict[str, type[Normalisation]] = {kind.__name__: kind for kind in (Plain, EqualNorms, ConstantNorm, LayerNorm)}

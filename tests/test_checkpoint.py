@@ -49,6 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_cfg_json_is_this_and_nothing_else(folder):
     assert json.loads((folder / "cfg.json").read_text()) == {
+        "sae_lens_version": "6.0.0",
         "architecture": "topk",
         "k": 2,
         "d_in": 3,

@@ -11,7 +11,7 @@ from saekit.sae_config import SAEConfig
 from saekit.selection import TopK
 
 D_MODEL, N_FEATURES, N_TOKENS = 6, 10, 7
-ALL: list[Normalisation] = [Plain(), EqualNorms(), ConstantNorm(), LayerNorm()]
+ALL: list[Normalisation] = [Plain(), EqualNorms(), ConstantNorm(), LayerNorm(), LayerNorm(eps=0.1)]
 all_of_them = pytest.mark.parametrize("normalisation", ALL, ids=repr)
 subtracted = pytest.mark.parametrize("apply_b_dec", [True, False], ids=["b_dec subtracted", "b_dec not subtracted"])
 
@@ -48,8 +48,8 @@ def by_hand(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
                 u, code_scale, shift = token / scale - bias, 1.0, 0.0
             case LayerNorm(eps=eps):
                 shift = token.mean()
-                scale = ((token - shift).square().sum() / (D_MODEL - 1)).sqrt() + eps
-                u, code_scale = (token - shift) / scale - bias, 1.0
+                scale = ((token - shift).square().sum() / (D_MODEL - 1)).sqrt()
+                u, code_scale = (token - shift) / (scale + eps) - bias, 1.0
         h = u @ sae.encoder.T + sae.b_enc
         code = (h * (h >= h.topk(3).values[-1])).relu() * code_scale
         codes.append(code)

@@ -1,0 +1,168 @@
+"""Load an SAE whoever made it, say what is in its files, and write it for other tools.
+
+What each format means is in `saekit.formats`; here its values become an `SAE`, or an `SAE` becomes values again.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit import checkpoint, sae_config
+from saekit.errors import UnknownNameError
+from saekit.formats import known, saelens, sparsify
+from saekit.formats.files import Files, open_files
+from saekit.formats.weights import Weights
+from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
+
+TARGETS = ("saekit", "saelens", "sparsify")
+"""What `convert` can write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the files of an SAE say of it, its numbers left unread.
+
+    Attributes:
+        format: `saekit`, or the name of another library or release.
+        file: the one that holds the weights.
+        dtype: of the weights on disk.
+        weights: with tensors of the right shapes on the meta device.
+    """
+
+    format: str
+    file: Path
+    dtype: str
+    weights: Weights
+
+
+def load(path: Path | str, *, input_scale: float | None = None, device: torch.device | str = "cpu") -> SAE:
+    """The SAE in a local folder or file, in saekit's format or another's; `saekit.formats.known` lists them.
+
+    Args:
+        input_scale: what inputs are multiplied with before encoding, for an SAE whose files need that and do not say
+            it; it is folded into the weights, so that the SAE takes raw activations. Wins over what the files say.
+
+    Raises:
+        FileError: nothing there, no format saekit knows, or files that are damaged, do not fit together, or could run
+            code.
+    """
+    files = open_files(Path(path))
+    return build(known.for_raw_inputs(_read(files), files.weights, input_scale=input_scale), device=device)
+
+
+def describe(path: Path | str) -> Description:
+    """What `load` would load, from headers and configs alone.
+
+    Raises:
+        FileError: as `load` does, but for damage to the numbers themselves.
+    """
+    files = open_files(Path(path), contents=False)
+    largest = max(files.tensors.values(), key=torch.numel)
+    name = "saekit" if _is_native(files) else known.identify(files).name
+    return Description(name, files.weights, str(largest.dtype).removeprefix("torch."), _read(files))
+
+
+def build(weights: Weights, *, device: torch.device | str = "cpu") -> SAE:
+    """The SAE that has these weights, in float32."""
+    is_transcoder = bool(weights.hook_name_out) or weights.d_out != weights.d_in
+    cfg = SAEConfig(
+        d_in=weights.d_in,
+        d_sae=weights.n_features,
+        d_out=weights.d_out if is_transcoder else None,
+        hook_name=weights.hook_name,
+        hook_name_out=weights.hook_name_out,
+        model_name=weights.model_name,
+        context_size=weights.context_size,
+        apply_b_dec_to_input=weights.apply_b_dec_to_input,
+        normalisation=weights.normalisation,
+        metadata=weights.metadata,
+    )
+    sae = SAE(weights.d_in, weights.n_features, weights.rule, skip=weights.skip is not None, cfg=cfg)
+    with torch.no_grad():
+        for name in ("encoder", "decoder", "b_enc", "b_dec", "skip"):
+            if getattr(weights, name) is not None:
+                getattr(sae, name).copy_(getattr(weights, name))
+    return sae.to(device)
+
+
+def weights_of(sae: SAE) -> Weights:
+    """The inverse of `build`."""
+    return Weights(
+        encoder=sae.encoder.detach(),
+        decoder=sae.decoder.detach(),
+        b_enc=sae.b_enc.detach(),
+        b_dec=sae.b_dec.detach(),
+        rule=sae.rule,
+        normalisation=sae.cfg.normalisation,
+        skip=sae.W_skip,
+        apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+        hook_name=sae.cfg.hook_name,
+        hook_name_out=sae.cfg.hook_name_out,
+        model_name=sae.cfg.model_name,
+        context_size=sae.cfg.context_size,
+        metadata=sae.cfg.metadata,
+    )
+
+
+def convert(sae: SAE, folder: Path | str, *, to: str) -> None:
+    """Write an SAE for saekit, SAELens or sparsify, where it behaves exactly as here.
+
+    A calibrated Mutual- or Feature-Choice SAE is a JumpReLU SAE with its thresholds. A Site of the residual stream
+    gets TransformerLens' name in a folder for SAELens, and keeps its own as `hf_hook_name`.
+
+    Args:
+        to: one of `TARGETS`.
+
+    Raises:
+        SaekitError: if the other tool has no such SAE, or the folder cannot be written.
+    """
+    match to:
+        case "saekit":
+            sae.save(folder)
+        case "saelens":
+            saelens.check_lossless(weights_of(sae))
+            named = build(replace(weights_of(sae), **_lens_names(sae.cfg)))
+            named.save(folder)
+        case "sparsify":
+            config, tensors = sparsify.write(weights_of(sae))
+            checkpoint.save(Path(folder), config=config, tensors=tensors, weights_file=sparsify.WEIGHTS_FILE)
+        case _:
+            raise UnknownNameError("format to write", to, TARGETS)
+
+
+def _lens_names(cfg: SAEConfig) -> dict[str, Any]:
+    sites = {"hook_name": cfg.hook_name, "hook_name_out": cfg.hook_name_out}
+    renamed = {name: saelens.hook_name(site) for name, site in sites.items()}
+    kept = {f"hf_{name}": site for name, site in sites.items() if renamed[name] != site}
+    return {**renamed, "metadata": {**cfg.metadata, **kept}}
+
+
+def _is_native(files: Files) -> bool:
+    return "saekit" in files.config
+
+
+def _read(files: Files) -> Weights:
+    if not _is_native(files):
+        return known.read(files)
+    # sae_config knows rules and normalisations by name, and lives above `formats`
+    config, tensors = checkpoint.read_config(files.folder), files.tensors
+    checkpoint.check_tensors(files.weights, config, tensors)
+    cfg = sae_config.read_cfg(config)
+    return Weights(
+        encoder=tensors["W_enc"].T,
+        decoder=tensors["W_dec"],
+        b_enc=tensors["b_enc"],
+        b_dec=tensors["b_dec"],
+        rule=sae_config.read_rule(config, tensors),
+        normalisation=cfg.normalisation,
+        skip=tensors.get("W_skip"),
+        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+        hook_name=cfg.hook_name,
+        hook_name_out=cfg.hook_name_out,
+        model_name=cfg.model_name,
+        context_size=cfg.context_size,
+        metadata=cfg.metadata,
+    )
