@@ -167,6 +167,13 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
         )
     for site in filter(None, [*sites, *sites_out]):
         site.resolve(target.model)
+    pairs = list(zip(sites, sites_out, strict=True))
+    if len(set(pairs)) < len(pairs):
+        raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
+    if command.exponent and command.rule != "feature":
+        raise SaekitError(
+            f"--exponent {command.exponent:g} shapes the budgets of --rule feature, not of {command.rule}"
+        )
     rule, objective = rule_and_objective(command)
     return [
         TrainConfig(
@@ -184,7 +191,7 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
             auxiliary={"zipf": AuxZipf(), "k": AuxK(), "none": None}[command.auxiliary],
             equal_norms=command.equal_norms,
         )
-        for site, site_out in zip(sites, sites_out, strict=True)
+        for site, site_out in pairs
     ]
 
 
@@ -196,6 +203,8 @@ def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:
 
     penalised = {"relu": ReLUL1, "gated": Gated, "jumprelu": JumpReLU}
     if command.rule in penalised:
+        if command.then_feature is not None:
+            raise SaekitError(f"--then-feature goes on from a rule that has a budget, not {command.rule}; try mutual")
         if command.matryoshka:
             raise SaekitError(f"--matryoshka goes with a rule that has a budget, not with {command.rule}; try mutual")
         return Threshold(0.0), penalised[command.rule](command.k)
@@ -233,7 +242,7 @@ def train_and_evaluate(
 
     from .evaluate import evaluate_with_progress
 
-    folders = [command.out if len(configs) == 1 else command.out / folder_name(str(c.site)) for c in configs]
+    folders = [command.out if len(configs) == 1 else command.out / folder_of(c) for c in configs]
     for folder in folders:
         check_writable(folder)
     first = configs[0]
@@ -262,7 +271,7 @@ def train_and_evaluate(
             **versions(),
         )
         sae.save(folder)
-        facts.append({"sae": str(folder), "site": str(config.site), "rule": described(config), **metrics})
+        facts.append({"sae": str(folder), "site": read_and_written(config), "rule": described(config), **metrics})
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
     return facts
@@ -278,9 +287,15 @@ def described(config: "TrainConfig") -> str:
     return repr(config.objective) if isinstance(config.rule, Threshold) else f"{config.rule}, {config.objective}"
 
 
-def folder_name(site: str) -> str:
-    """A Site's text as the name of a folder."""
-    return site.replace(":", "_").replace("@", "_").replace("*", "every")
+def read_and_written(config: "TrainConfig") -> str:
+    """The Site, or the two Sites of a transcoder."""
+    return str(config.site) if config.site_out is None else f"{config.site} -> {config.site_out}"
+
+
+def folder_of(config: "TrainConfig") -> str:
+    """Its Sites' text as the name of a folder."""
+    sites = str(config.site) if config.site_out is None else f"{config.site}-{config.site_out}"
+    return sites.replace(":", "_").replace("@", "_").replace("*", "every")
 
 
 def versions() -> dict[str, str]:
@@ -310,10 +325,12 @@ def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, A
     vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens] for site, batch in one_pass.items()}
     batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
     states = [TrainState.start(config, *batch) for config, batch in zip(configs, batches, strict=True)]
+    # where budgets are shared over a pool, as many vectors as it holds, whatever they are
+    pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
     began = time.perf_counter()
     for _ in range(3):
-        for state, batch in zip(states, batches, strict=True):
-            train_step(state, *batch)
+        for state, batch, pool in zip(states, batches, pools, strict=True):
+            train_step(state, *batch, pool=pool if len(pool) else None)
     step_s = (time.perf_counter() - began) / 3 * first.steps
     return {
         "weights_mb": round(numbers * 4 / 1e6, 1),

@@ -42,6 +42,8 @@ def zipf_budgets(
         SaekitError: if the batch is too small, naming the smallest that works, or no curve has the sum.
     """
     total = k * n_tokens
+    if n_tokens == 0:
+        return torch.zeros(n_features, dtype=torch.int64)
     if k > cap * n_features:
         raise SaekitError(
             f"{n_features:,} features on at most {cap:g} of all tokens each cannot spend k={k} on every token; "

@@ -65,15 +65,14 @@ def describe(
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The contents of `cfg.json`."""
-    is_transcoder = bool(d_out or metadata.get("hook_name_out"))
-    architecture = _architecture(rule, is_transcoder=is_transcoder, skip=skip)
+    architecture = _architecture(rule, is_transcoder=d_out is not None, skip=skip)
     return {
         "sae_lens_version": "6.0.0",
         "architecture": architecture,
         **({"k": rule["k"]} if architecture in ("topk", "abstopk") else {}),
         "d_in": d_in,
         "d_sae": d_sae,
-        **({"d_out": d_out or d_in} if is_transcoder else {}),
+        **({} if d_out is None else {"d_out": d_out}),
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": apply_b_dec_to_input,
@@ -86,12 +85,14 @@ def describe(
 
 def _architecture(rule: Mapping[str, Any], *, is_transcoder: bool, skip: bool) -> str:
     """SAELens' name for it, if it has one."""
+    if not rule.get("relu", True):
+        return "saekit"
     if rule["name"] == "Threshold" and is_transcoder:
         return f"jumprelu{'_skip' if skip else ''}_transcoder"
     if is_transcoder or skip:
         return "saekit"
     if rule["name"] == "TopK":
-        return "topk" if rule["relu"] else "saekit"
+        return "topk"
     return {"Threshold": "jumprelu", "AbsTopK": "abstopk"}.get(rule["name"], "saekit")
 
 

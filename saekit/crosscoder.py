@@ -4,12 +4,12 @@
     x_hat_s    = codes @ W_dec_s + b_dec_s
 
 An SAE over the Sites' vectors put end to end computes exactly this, so that is what it is here: all rules,
-losses and objectives serve. A feature's decoder rows have unit norm over all Sites together; how the norm
-is spread says where the feature lives.
+losses and objectives serve. A feature's decoder rows have unit norm over all Sites together, in units of
+what is usual at each; how the norm is spread says where the feature lives.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,10 +32,12 @@ class Crosscoder:
     Attributes:
         sae: over the concatenation of the Sites' vectors, in their order.
         widths: how many numbers each Site has, in the order of the dictionary.
+        scales: what brings each Site's vectors to the variance that training saw; 1 where none is given.
     """
 
     sae: SAE
     widths: dict[Site, int]
+    scales: Mapping[Site, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if sum(self.widths.values()) != self.sae.d_model:
@@ -65,17 +67,16 @@ class Crosscoder:
         return self._by_site(self.sae.W_dec)
 
     def decoder_norms(self) -> Float[Tensor, "n_features n_sites"]:
-        """How much each feature writes at each Site."""
-        return torch.stack([rows.norm(dim=1) for rows in self.decoder().values()], dim=1)
+        """How much each feature writes at each Site, in units of what is usual there; their squares sum to 1."""
+        written = self.decoder().items()
+        return torch.stack([rows.norm(dim=1) * self.scales.get(site, 1.0) for site, rows in written], dim=1)
 
     def save(self, folder: Path | str) -> None:
         """Write the native folder of the SAE; Sites and widths go with its metadata."""
-        described = {str(site): width for site, width in self.widths.items()}
-        cfg, self.sae.cfg = self.sae.cfg, with_metadata(self.sae.cfg, **{_KEY: described})
-        try:
-            self.sae.save(folder)
-        finally:
-            self.sae.cfg = cfg
+        described = {str(site): [width, self.scales.get(site, 1.0)] for site, width in self.widths.items()}
+        other = self.sae.with_rule(self.sae.rule)
+        other.cfg = with_metadata(self.sae.cfg, **{_KEY: described})
+        other.save(folder)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> "Crosscoder":
@@ -88,7 +89,12 @@ class Crosscoder:
         described = sae.cfg.metadata.get(_KEY)
         if not isinstance(described, Mapping):
             raise FileError(f"{folder} holds an SAE of one Site, not a crosscoder; load it with SAE.load")
-        return cls(sae, {Site.parse(site): int(width) for site, width in described.items()})
+        by_site = {Site.parse(site): facts for site, facts in described.items()}
+        return cls(
+            sae,
+            widths={site: int(width) for site, (width, _) in by_site.items()},
+            scales={site: float(scale) for site, (_, scale) in by_site.items()},
+        )
 
     def _by_site(self, joined: Float[Tensor, "rows d_model"]) -> dict[Site, Tensor]:
         return dict(zip(self.widths, joined.split(list(self.widths.values()), dim=1), strict=True))

@@ -14,6 +14,7 @@ row. `W_enc (d_model, n_features)` and `W_dec (n_features, d_out)` are read-only
 and orientation that the field knows.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ class SAE(nn.Module):
     @property
     def is_transcoder(self) -> bool:
         """Whether it writes another Site than it reads."""
-        return bool(self.cfg.hook_name_out) or self.d_out != self.d_model
+        return self.cfg.is_transcoder
 
     @property
     def output_needs_input(self) -> bool:
@@ -183,10 +184,14 @@ class SAE(nn.Module):
         Directions have no unit; biases and thresholds have the unit of the output, and so do codes.
         """
         out_scale = scale if out_scale is None else out_scale
+        if self.cfg.normalisation.needs_input:  # which takes the unit away and puts it back
+            scale = out_scale = 1.0
         gain = out_scale / scale
         # under equal norms the encoder sees inputs without a unit, and so do its bias and its cuts
         cut_scale = gain if isinstance(self.cfg.normalisation, EqualNorms) else out_scale
-        rule = Threshold(self.rule.theta * cut_scale) if isinstance(self.rule, Threshold) else self.rule
+        rule = self.rule
+        if isinstance(rule, Threshold):
+            rule = replace(rule, theta=rule.theta * cut_scale)
         other = SAE(self.d_model, self.n_features, rule, skip=self.skip is not None, cfg=self.cfg).to(self.encoder)
         other.encoder.copy_(self.encoder * gain)
         other.decoder.copy_(self.decoder)
@@ -270,8 +275,8 @@ def _check_cfg(cfg: SAEConfig, d_model: int, n_features: int) -> None:
             f"cfg describes {cfg.d_in} -> {cfg.d_sae} features, but the SAE is {d_model} -> {n_features}; "
             "pass a cfg of the same sizes"
         )
-    if cfg.d_out not in (None, d_model) and (cfg.apply_b_dec_to_input or cfg.normalisation.needs_input):
+    if cfg.is_transcoder and (cfg.apply_b_dec_to_input or cfg.normalisation.needs_input):
         raise ShapeError(
-            f"an output of {cfg.d_out} numbers cannot share its bias or its scale with an input of {d_model}; pass a "
-            "cfg with apply_b_dec_to_input=False and a normalisation that does not read the input back"
+            f"a transcoder ({d_model} -> {cfg.d_out or d_model} numbers) writes another Site, whose bias and scale are "
+            "not those of its input; pass a cfg with apply_b_dec_to_input=False and normalisation=Plain()"
         )

@@ -44,6 +44,11 @@ class SAEConfig:
     normalisation: Normalisation = Plain()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it writes another Site than it reads."""
+        return bool(self.hook_name_out) or self.d_out not in (None, self.d_in)
+
 
 def with_metadata(cfg: SAEConfig, **metadata: Any) -> SAEConfig:
     """The same cfg with more metadata."""
@@ -56,7 +61,7 @@ def write(cfg: SAEConfig, rule: SelectionRule, *, skip: bool, dtype: str) -> dic
         rule=describe_rule(rule),
         d_in=cfg.d_in,
         d_sae=cfg.d_sae,
-        d_out=cfg.d_out,
+        d_out=(cfg.d_out or cfg.d_in) if cfg.is_transcoder else None,
         skip=skip,
         dtype=dtype,
         apply_b_dec_to_input=cfg.apply_b_dec_to_input,
@@ -126,7 +131,7 @@ def read_rule(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Se
     arguments = dict(described)
     name = arguments.pop("name", None)
     if name == "Threshold":
-        return Threshold(tensors["threshold"].float())
+        return Threshold(tensors["threshold"].float(), relu=bool(arguments.get("relu", True)))
     if name == "FeatureChoice" and "ranks" in tensors:
         arguments["ranks"] = tensors["ranks"]
     try:

@@ -71,7 +71,7 @@ class TopK(_Briefly):
     looks_across_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_k("TopK", self.k)
+        check_k("TopK", self.k)
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
@@ -91,7 +91,7 @@ class AbsTopK(_Briefly):
     looks_across_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_k("AbsTopK", self.k)
+        check_k("AbsTopK", self.k)
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
@@ -110,7 +110,7 @@ class GroupMax(_Briefly):
     looks_across_tokens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_k("GroupMax", self.k)
+        check_k("GroupMax", self.k)
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         self._check_groups(pre_acts.shape[1])
@@ -142,7 +142,7 @@ class MutualChoice(_Briefly):
     looks_across_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_k("MutualChoice", self.k)
+        check_k("MutualChoice", self.k)
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         _check_fits(self, pre_acts.shape[1])
@@ -181,7 +181,7 @@ class FeatureChoice(_Briefly):
     looks_across_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_k("FeatureChoice", self.k)
+        check_k("FeatureChoice", self.k)
         if not (0 <= self.exponent < math.inf and 0 <= self.offset < math.inf):
             raise SaekitError(
                 f"FeatureChoice got exponent={self.exponent}, offset={self.offset}; give finite numbers of at least 0 "
@@ -244,14 +244,16 @@ class Threshold:
     """
 
     theta: float | Float[Tensor, " n_features"]
+    relu: bool = True
     looks_across_tokens: ClassVar[bool] = False
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         theta = self.per_feature(pre_acts.shape[1], pre_acts)
-        return _codes_where(pre_acts > theta, pre_acts)
+        return _codes_where(pre_acts > theta, pre_acts, relu=self.relu)
 
     def encode(self, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> SparseCodes:
-        return _attach(x, w_enc, b_enc, above(x, w_enc, b_enc, self.per_feature(len(w_enc), x)))
+        theta = self.per_feature(len(w_enc), x)
+        return _attach(x, w_enc, b_enc, above(x, w_enc, b_enc, theta), relu=self.relu)
 
     def per_feature(self, n_features: int, like: Tensor) -> Float[Tensor, " n_features"]:
         """The cut of each feature, on the device and in the type of `like`.
@@ -263,10 +265,11 @@ class Threshold:
         if theta.ndim and len(theta) != n_features:
             raise ShapeError(f"Threshold holds {len(theta)} cuts, but the dictionary has {n_features} features")
         # a negative cut would let entries through that ReLU closes anyway
-        return theta.expand(n_features).clamp(min=0)
+        return theta.expand(n_features).clamp(min=0 if self.relu else None, max=torch.inf)
 
 
-def _check_k(name: str, k: int) -> None:
+def check_k(name: str, k: int) -> None:
+    """Refuse a mean number of active features below 1."""
     if k < 1:
         raise SaekitError(f"{name}(k={k}): k is the mean number of active features per token; give at least 1")
 

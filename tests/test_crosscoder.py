@@ -102,7 +102,8 @@ def test_a_feature_that_is_missing_at_a_site_writes_nothing_there(trained):
     written = {site: torch.nn.functional.normalize(rows, dim=1) for site, rows in trained.decoder().items()}
     similarity = written[LATE] @ DIRECTIONS[LATE].T
     best = similarity.argmax(0)  # the feature of each cause
-    norms = trained.decoder_norms() / torch.tensor([1.0, 100.0])  # in units of each Site's causes
+    norms = trained.decoder_norms()
+    torch.testing.assert_close(norms.square().sum(1), torch.ones(24), atol=1e-4, rtol=0)
     share = norms[best, 0] / norms[best].sum(1)
     assert share[0] < 0.15 and share[1:].min() > 0.25
 
@@ -113,6 +114,7 @@ def test_it_comes_back_from_its_folder(tmp_path):
     metadata = dict(cross.sae.cfg.metadata)
     cross.save(tmp_path / "cross")
     back = Crosscoder.load(tmp_path / "cross")
+    torch.testing.assert_close(back.decoder_norms(), cross.decoder_norms())
     assert back.widths == WIDTHS and list(back.widths) == list(WIDTHS)
     assert torch.equal(back.sae.encoder, cross.sae.encoder)
     assert cross.sae.cfg.metadata == metadata

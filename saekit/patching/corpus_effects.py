@@ -127,7 +127,7 @@ def check_exactly(
     tokens, loss = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad), NextTokenLoss(rows.ids, rows.pad)
     found = attribute(target, sae, site, rows.ids, loss, mask=tokens, batch_rows=batch_rows)
     at, attributed = found.everywhere()
-    wanted = torch.isin(at.feature, features).nonzero()[:, 0]
+    wanted = torch.isin(at.feature, features.to(at.feature.device)).nonzero()[:, 0]
     pairs = Candidates(at.prompt[wanted], torch.full_like(wanted, EVERYWHERE), at.feature[wanted])
     exact = exact_effects(
         target, sae, site, rows.ids, loss, pairs, mask=tokens, batch_rows=batch_rows, on_progress=on_progress

@@ -69,7 +69,7 @@ class Prompts:
         entries = (self.codes.values > 0).nonzero()[:, 0]
         token = self.codes.token_of_entry()[entries]
         context = self.grid.keep.shape[1]
-        return Candidates(token // context, token % context, self.codes.features[entries])
+        return Candidates((token // context).cpu(), (token % context).cpu(), self.codes.features[entries].cpu())
 
 
 @torch.no_grad()

@@ -46,7 +46,8 @@ def calibrate(sae: SAE, pool: Float[Tensor, "n_tokens d_model"]) -> Threshold:
                 "only MutualChoice and FeatureChoice are calibrated"
             )
     # the cut is strict, so it must lie just under the smallest pre-activation that is to be kept
-    return Threshold(torch.nextafter(lowest, torch.full_like(lowest, -torch.inf)).clamp(min=0))
+    just_under = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+    return Threshold(just_under.clamp(min=0) if rule.relu else just_under, relu=rule.relu)
 
 
 def _lowest_per_feature(kept: Selection, n_features: int) -> Float[Tensor, " n_features"]:

@@ -71,14 +71,24 @@ class TrainConfig:
                 f"tokens={self.tokens:,} is less than one batch of {self.batch_tokens:,}; "
                 "raise tokens, or lower batch_tokens"
             )
-        if isinstance(self.rule, Threshold) and isinstance(self.objective, Reconstruction):
+        if isinstance(self.rule, Threshold) and not self.objective.finds_sparsity:
             raise SaekitError(
                 "nothing would make an SAE with a Threshold sparse; train TopK, MutualChoice or FeatureChoice, "
                 "or give an objective that finds its own sparsity (ReLUL1, Gated, JumpReLU)"
             )
-        if self.k is not None and self.k >= self.n_features:
+        if self.objective.finds_sparsity and not isinstance(self.rule, Threshold):
             raise SaekitError(
-                f"k={self.k} on {self.n_features:,} features would keep everything; "
+                f"{self.objective} finds its own sparsity and would ignore {self.rule}; give rule=Threshold(0.0)"
+            )
+        if self.objective.finds_sparsity and self.resample:
+            raise SaekitError(
+                f"new weights would not wake a feature that the gates or thresholds of {self.objective} keep closed; "
+                "leave resample away"
+            )
+        asked = self.k or getattr(self.objective, "k", 0)
+        if asked >= self.n_features:
+            raise SaekitError(
+                f"k={asked} on {self.n_features:,} features would keep everything; "
                 "choose k below the number of features"
             )
         if self.site_out == self.site:
@@ -95,6 +105,33 @@ class TrainConfig:
                 f"{type(self.rule).__name__} has no k to anneal or to hand on; "
                 "train TopK, MutualChoice or FeatureChoice"
             )
+        if self.anneal and not (self.k or 0) <= self.anneal.start < self.n_features:
+            raise SaekitError(
+                f"k cannot fall from {self.anneal.start} to {self.k} on {self.n_features:,} features; "
+                "start at least at the rule's k, and below the number of features"
+            )
+        self._check_pools()
+
+    def _check_pools(self) -> None:
+        """Refuse now what would fail in the middle of the run."""
+        if isinstance(self.rule, FeatureChoice) and self.rule.smallest_batch(self.n_features) > self.tokens:
+            raise SaekitError(
+                f"{self.rule} on {self.n_features:,} features shares its budgets over "
+                f"{self.rule.smallest_batch(self.n_features):,} tokens, and the run has {self.tokens:,}; "
+                "choose a smaller exponent, a larger offset, floor=1, or a longer run"
+            )
+        if self.then and self.k is not None:
+            if not 0 < self.then.first_step(self.steps) < self.steps:
+                raise SaekitError(
+                    f"at={self.then.at} of {self.steps:,} steps leaves one of the two phases empty; "
+                    "move it, or train longer"
+                )
+            if self.then.pool * self.batch_tokens * self.k < self.n_features:
+                raise SaekitError(
+                    f"a pool of {self.then.pool} batches of {self.batch_tokens:,} tokens cannot grant each of "
+                    f"{self.n_features:,} features a token at k={self.k}; "
+                    "raise batch_tokens, or the pool of ThenFeatureChoice"
+                )
 
     @property
     def k(self) -> int | None:

@@ -67,7 +67,8 @@ def train_crosscoder(
         )
     scales = _scales(source, sites, config)
     (sae,) = train([config], Joined(source, config.site, scales), **options)
-    return Crosscoder(_unscaled(sae, source, scales), {site: source.widths[site] for site in sites})
+    widths = {site: source.widths[site] for site in sites}
+    return Crosscoder(_unscaled(sae, source, scales), widths, scales)
 
 
 def _scales(source: ActivationSource, sites: Sequence[Site], config: TrainConfig) -> dict[Site, float]:

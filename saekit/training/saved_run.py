@@ -89,12 +89,18 @@ def save_run(path: Path, states: Sequence[TrainState], place: Place, source: Map
 
 
 def load_run(
-    path: Path, configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], source: Mapping[str, Any]
+    path: Path,
+    configs: Sequence[TrainConfig],
+    cfgs: Sequence[SAEConfig],
+    source: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[TrainState], Place]:
     """The states of a saved run, and the place where its stream goes on.
 
     Args:
         source: the facts of the source that the run is to go on with.
+        device: where the run goes on.
 
     Raises:
         FileError: if the file is damaged or newer, or was saved by a run of other settings; the message names
@@ -115,7 +121,7 @@ def load_run(
     _check_same(path, run, configs, source)
     states = []
     for n, (config, cfg, saved) in enumerate(zip(configs, cfgs, run["saes"], strict=True)):
-        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"]))
+        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"], device))
     return states, Place(**run["place"])
 
 
@@ -140,9 +146,16 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restored(
-    config: TrainConfig, cfg: SAEConfig, tensors: Mapping[str, Tensor], saved: Mapping[str, Any], step: int
+    config: TrainConfig,
+    cfg: SAEConfig,
+    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, Any],
+    step: int,
+    device: torch.device | str,
 ) -> TrainState:
-    state = TrainState.blank(config, cfg, input_scale=saved["input_scale"], output_scale=saved["output_scale"])
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    scales = {name: saved[name] for name in ("input_scale", "output_scale")}
+    state = TrainState.blank(config, cfg, **scales, device=device)
     state.set_extra(_under("extra", tensors))
     for name, parameter in state.sae.named_parameters():
         parameter.copy_(tensors[f"weights.{name}"])
@@ -165,9 +178,10 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_same(path: Path, run: Mapping[str, Any], configs: Sequence[TrainConfig], source: Mapping[str, Any]) -> None:
     saved: dict[str, Any] = {"number of SAEs": len(run["saes"]), **run["source"]}
     now: dict[str, Any] = {"number of SAEs": len(configs), **source}
-    for before, config in zip(run["saes"], configs, strict=False):
-        saved |= {f"{name} at {config.site}": value for name, value in before["config"].items()}
-        now |= {f"{name} at {config.site}": value for name, value in recipe(config).items()}
+    for n, (before, config) in enumerate(zip(run["saes"], configs, strict=False)):
+        which = f" at {config.site}" + (f" (SAE {n + 1})" if n else "")  # several may be at one Site
+        saved |= {name + which: value for name, value in before["config"].items()}
+        now |= {name + which: value for name, value in recipe(config).items()}
     for name in now:
         if name not in saved or saved[name] != now[name]:
             raise FileError(

@@ -56,6 +56,10 @@ class ThenFeatureChoice:
     def __post_init__(self) -> None:
         if not 0 < self.at < 1:
             raise SaekitError(f"ThenFeatureChoice(at={self.at}): give the share of the run before it, between 0 and 1")
+        if self.pool < 1:
+            raise SaekitError(f"ThenFeatureChoice(pool={self.pool}): give at least 1 batch")
+        # refuses now what it could not be then
+        FeatureChoice(1, exponent=self.exponent or 0.0, offset=self.offset or 0.0, cap=self.cap)
 
     def first_step(self, steps: int) -> int:
         """The step that the second phase begins with."""

@@ -9,6 +9,7 @@ JumpReLU SAE, and is handed out as one.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from saekit.kernels.entries import decode_rows, encode_entries
 from saekit.kernels.select import above
 from saekit.losses import summed_mse
 from saekit.sae import SAE
-from saekit.selection import Threshold
+from saekit.selection import Threshold, check_k
 from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors, held_to, start_weight
 
 
@@ -31,6 +32,11 @@ class Gated:
     """
 
     k: int
+
+    finds_sparsity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_k(type(self).__name__, self.k)
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         per_feature = torch.zeros_like(sae.b_enc)
@@ -50,6 +56,8 @@ class Gated:
             codes, gates = codes.with_values(magnitude * per_entry), codes.with_values(gate * per_entry)
         y_hat = sae.decode(codes, x)
         by_gate = decode_rows(gates.values, features, gates.row_starts, sae.decoder.detach()) + sae.b_dec.detach()
+        if sae.skip is not None:
+            by_gate = by_gate + x @ sae.skip.detach().T
         penalty = gates.values.sum() / len(x)
         loss = summed_mse(y, y_hat) + summed_mse(y, by_gate)
         return Measured(codes, y_hat, loss + held_to(self.k, codes, extra["log_weight"], penalty))

@@ -9,7 +9,7 @@ their threshold: `da/dtheta = -theta / bandwidth` and `d[h > theta]/dtheta = -1 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from saekit.kernels.entries import encode_entries
 from saekit.kernels.select import above, top_of_all
 from saekit.losses import summed_mse
 from saekit.sae import SAE
-from saekit.selection import Threshold
+from saekit.selection import Threshold, check_k
 from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors, held_to, start_weight
 
 
@@ -39,6 +39,11 @@ class JumpReLU:
     k: int
     penalty: Literal["step", "tanh"] = "step"
     bandwidth: float = 0.5
+
+    finds_sparsity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_k(type(self).__name__, self.k)
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         prepared, _ = sae.prepare(sample)

@@ -1,12 +1,13 @@
 """ReLU and an L1 penalty: the first sparse autoencoders of the field."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from saekit.losses import summed_mse
 from saekit.sae import SAE
-from saekit.selection import Threshold
+from saekit.selection import Threshold, check_k
 from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors, held_to, start_weight
 
 
@@ -23,6 +24,11 @@ class ReLUL1:
     """
 
     k: int
+
+    finds_sparsity: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_k(type(self).__name__, self.k)
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         return {"log_weight": start_weight(sample)}

@@ -6,6 +6,7 @@ features settle in front, where they serve every prefix, and are not split up by
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class Matryoshka:
     """
 
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+    finds_sparsity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         rises = all(a < b for a, b in itertools.pairwise((0.0, *self.prefixes)))

@@ -1,7 +1,7 @@
 """The protocol of objectives, and what several of them share."""
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,9 @@ class Measured(NamedTuple):
 @runtime_checkable
 class Objective(Protocol):
     """How codes are made during training, what is minimised, and what SAE comes of it. Pure."""
+
+    finds_sparsity: ClassVar[bool]
+    """Whether it decides itself which matches are kept; else the rule does."""
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         """Starting values of what is trained beside the SAE's own weights, given a sample of its inputs."""

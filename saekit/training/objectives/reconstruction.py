@@ -1,6 +1,7 @@
 """The rule decides sparsity, so reconstruction is all that is asked."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from saekit.training.objectives.objective import Extra, Measured, Targets, Vecto
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
     """Squared error of the reconstruction: for TopK, Feature Choice and Mutual Choice."""
+
+    finds_sparsity: ClassVar[bool] = False
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         return {}
