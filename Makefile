@@ -46,8 +46,7 @@ PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionar
 
 $(INTEROP)/.ready: constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/python -m pip install torch -c constraints.txt
-	$(INTEROP)/bin/python -m pip install $(PEERS)
+	$(INTEROP)/bin/python -m pip install $$(grep '^torch==' constraints.txt) $(PEERS)
 	@touch $@
 
 interop: $(READY) $(INTEROP)/.ready
