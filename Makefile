@@ -53,7 +53,7 @@ interop: $(READY) $(INTEROP)/.ready
 	rm -rf tests/golden/formats
 	for library in saelens sparsify dictionary_learning; do \
 	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
-	$(BIN)/python -m pytest -m 'interop or not slow' tests/test_formats_parity.py tests/test_formats_interop.py
+	$(BIN)/python -m pytest -m "interop or not interop" tests/test_formats_parity.py tests/test_formats_interop.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
