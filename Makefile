@@ -59,15 +59,14 @@ PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionar
 
 $(INTEROP)/.ready: constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/python -m pip install torch -c constraints.txt
-	$(INTEROP)/bin/python -m pip install $(PEERS)
+	$(INTEROP)/bin/python -m pip install $$(grep '^torch==' constraints.txt) $(PEERS)
 	@touch $@
 
 interop: $(READY) $(INTEROP)/.ready
 	rm -rf tests/golden/formats
 	for library in saelens sparsify dictionary_learning; do \
 	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
-	$(BIN)/python -m pytest -m 'interop or not slow' tests/test_formats_parity.py tests/test_formats_interop.py
+	$(BIN)/python -m pytest -m "interop or not interop" tests/test_formats_parity.py tests/test_formats_interop.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines

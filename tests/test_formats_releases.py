@@ -94,11 +94,12 @@ def test_openai_relu_reads_tokens_as_they_are(tmp_path):
         ("gemma-scope-2b-pt-mlp", "blocks.20.hook_mlp_out", ""),
         ("gemma-scope-2b-pt-att", "blocks.20.attn.hook_z", ""),
         (
-            "models--google--gemma-scope-2b-pt-transcoders/snapshots/0a", "blocks.20.ln2.hook_normalized",
+            "models--google--gemma-scope-2b-pt-transcoders/snapshots/0a",
+            "blocks.20.ln2.hook_normalized",
             "blocks.20.hook_mlp_out",
         ),
     ],
-)  # fmt: skip
+)
 def test_gemma_scope_never_subtracts_its_decoder_bias(release, site, site_out, capital, tmp_path):
     letter = "W" if capital else "w"
     weights = {f"{letter}_enc": ENC.T, f"{letter}_dec": DEC, "b_enc": B_ENC, "b_dec": B_DEC, "threshold": CUT}

@@ -86,7 +86,9 @@ class Config(Named[Any]):
     def _typed(self, name: str, kind: Any, expected: str) -> Any:
         value = self[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise FileError(f"{self.path}: {name} is {value!r}, expected {expected}; correct it, or copy it again")
+            # never the repr of a collection: aliases of YAML can make a short file's billions of lines long
+            shown = repr(value)[:60] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+            raise FileError(f"{self.path}: {name} is {shown}, expected {expected}; correct it, or copy it again")
         return value
 
 
