@@ -171,9 +171,7 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
     if len(set(pairs)) < len(pairs):
         raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
     if command.exponent and command.rule != "feature":
-        raise SaekitError(
-            f"--exponent {command.exponent:g} shapes the budgets of --rule feature, not of {command.rule}"
-        )
+        raise SaekitError(f"--exponent shapes the budgets of --rule feature, not of {command.rule}; leave it away")
     rule, objective = rule_and_objective(command)
     return [
         TrainConfig(

@@ -79,7 +79,7 @@ def test_cfg_json_is_this_and_nothing_else(folder):
         ),
         (TopK(2, relu=False), "saekit", {"name": "TopK", "k": 2, "relu": False}),
         (GroupMax(2), "saekit", {"name": "GroupMax", "k": 2}),
-        (Threshold(0.5), "jumprelu", {"name": "Threshold"}),
+        (Threshold(0.5), "jumprelu", {"name": "Threshold", "relu": True}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

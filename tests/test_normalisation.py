@@ -118,5 +118,20 @@ def test_every_kind_can_be_named_in_a_file():
     ids=["shared bias", "shared scale"],
 )
 def test_an_output_of_another_width_shares_neither_bias_nor_scale(cfg):
-    with pytest.raises(ShapeError, match=r"output of 4 numbers cannot share .*apply_b_dec_to_input=False"):
+    with pytest.raises(
+        ShapeError, match=r"\(6 -> 4 numbers\) writes another Site.*apply_b_dec_to_input=False"
+    ):
         SAE(D_MODEL, N_FEATURES, TopK(3), cfg=cfg)
+
+
+@all_of_them
+def test_rescaled_does_the_same_to_inputs_of_another_scale(normalisation):
+    sae, x = random_sae(normalisation), inputs()
+    torch.testing.assert_close(sae.rescaled(10.0)(x * 10), sae(x) * 10, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transcoder_shares_no_bias_with_its_input_even_if_it_is_as_wide():
+    cfg = SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, hook_name="a", hook_name_out="b")
+    with pytest.raises(ShapeError, match=r"a transcoder \(6 -> 6 numbers\) writes another Site"):
+        SAE(D_MODEL, N_FEATURES, TopK(3), cfg=cfg)
+    assert not SAEConfig(d_in=6, d_sae=9, d_out=6).is_transcoder

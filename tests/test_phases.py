@@ -292,8 +292,46 @@ def test_resampling_revives_features_that_nothing_else_would(vectors):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": TopK(3), "objective": Gated(3)}, r"Gated\(k=3\) finds its own sparsity and would ignore TopK"),
+        ({"rule": Threshold(0.0), "objective": JumpReLU(48)}, "k=48 on 48 features would keep everything"),
+        ({"rule": Threshold(0.0), "objective": Gated(3), "resample": Resample()}, "keep closed; leave resample away"),
+        ({"anneal": AnnealK(2)}, r"cannot fall from 2 to 3 .*start at least at the rule's k"),
+        ({"anneal": AnnealK(48)}, r"cannot fall from 48 to 3 on 48 features"),
+        ({"then": ThenFeatureChoice(at=0.99)}, r"at=0\.99 of 20 steps leaves one of the two phases empty"),
+        ({"then": ThenFeatureChoice(pool=1), "n_features": 1000}, r"pool of 1 batches of 256 tokens cannot grant"),
+        (
+            {"rule": FeatureChoice(3, exponent=4.0)},
+            r"shares its budgets over .* the run has 5,120; choose",
+        ),
+    ],
+)
+def test_what_would_fail_in_the_middle_of_a_run_is_refused_before_it(changes, message):
+    with pytest.raises(SaekitError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize("objective", [ReLUL1, Gated, JumpReLU])
+def test_a_sparsity_that_is_none_is_refused(objective):
+    with pytest.raises(SaekitError, match=r"\(k=0\): k is the mean number of active features"):
+        objective(0)
+
+
+def test_without_relu_the_thresholds_of_a_batch_rule_let_negative_entries_through(vectors):
+    (sae,) = train([config(20, rule=FeatureChoice(30, relu=False))], source_of(vectors))
+    assert isinstance(sae.rule, Threshold) and not sae.rule.relu
+    with torch.no_grad():
+        codes = sae.encode(vectors)
+    assert (codes.values < 0).any()
+    assert float(codes.l0().double().mean()) == pytest.approx(30, rel=0.02)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ThenFeatureChoice(pool=0), r"ThenFeatureChoice\(pool=0\): give at least 1 batch"),
+        (lambda: ThenFeatureChoice(exponent=-1.0), r"exponent=-1\.0.*finite numbers of at least 0"),
         (lambda: Resample(at=(0.5, 1.0)), r"Resample\(at=\(0\.5, 1\.0\)\): give shares of the run"),
         (lambda: AnnealK(9, over=0.0), r"AnnealK\(over=0\.0\): give the share"),
         (lambda: ThenFeatureChoice(at=1.0), r"ThenFeatureChoice\(at=1\.0\): give the share"),

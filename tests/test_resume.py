@@ -416,6 +416,13 @@ def test_a_run_of_other_settings_is_refused_by_the_name_of_the_one_that_differs(
     assert "number of SAEs = 1, and this one has 2" in refused(path, [config(), config()], harvest())
 
 
+def test_saes_at_one_site_are_told_apart(path):
+    stop_at(2, path, [config(rule=TopK(4)), config(rule=TopK(8))])
+    assert "a run with rule at layers.0:out = TopK(k=4), and this one has TopK(k=2)" in refused(
+        path, [config(rule=TopK(2)), config(rule=TopK(8))], harvest()
+    )
+
+
 def other_text() -> TokenRows:
     rows = harvest().rows
     return replace(rows, ids=rows.ids.flip(0))

@@ -395,7 +395,7 @@ def test_the_middle_site_is_the_block_halfway_up(model):
     assert target.middle_site() == Site("layers.1").resolve(model)
     four = nn.Module()
     four.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    assert Target.wrap(four).middle_site() == Site("blocks.2")
+    assert Target.wrap(four).middle_site() == Site("blocks.1")
     with pytest.raises(SaekitError, match=r"Loop has no list of blocks .* name a Site"):
         Target.wrap(Loop()).middle_site()
 

@@ -84,7 +84,7 @@ class Target:
         return next(self.model.parameters(), torch.empty(0)).device
 
     def middle_site(self) -> Site:
-        """The output of the block halfway up: where to look when nothing says otherwise.
+        """The output of the middle block, the lower of two: where to look when nothing says otherwise.
 
         Raises:
             SaekitError: the model has no list of blocks.
@@ -92,7 +92,7 @@ class Target:
         blocks = find_blocks(self.model)
         if blocks is None:
             raise SaekitError(f"{self.name} has no list of blocks to find the middle of; name a Site")
-        return Site(f"{blocks}.{len(self.model.get_submodule(blocks)) // 2}")  # pyright: ignore[reportArgumentType]
+        return Site(f"{blocks}.{(len(self.model.get_submodule(blocks)) - 1) // 2}")  # pyright: ignore[reportArgumentType]
 
     def width(self, site: Site) -> int:
         """Size of the last dimension at a Site, found by running the model on `example`.
