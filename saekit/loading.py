@@ -156,7 +156,7 @@ def _read(files: Files) -> Weights:
         decoder=tensors["W_dec"],
         b_enc=tensors["b_enc"],
         b_dec=tensors["b_dec"],
-        rule=sae_config.read_rule(config, tensors),
+        rule=sae_config.read_rule(config["saekit"]["rule"], tensors),
         normalisation=cfg.normalisation,
         skip=tensors.get("W_skip"),
         apply_b_dec_to_input=cfg.apply_b_dec_to_input,

@@ -128,7 +128,6 @@ def test_a_batch_rule_becomes_a_jumprelu_once_it_is_calibrated(rule, tmp_path):
         (random_sae(TopK(3), skip=True), "saelens", r"no SAE with TopK\(k=3\) with a skip connection"),
         (random_sae(TopK(3), normalisation=EqualNorms()), "saelens", r"SAELens has no EqualNorms\(\)"),
         (random_sae(TopK(3), d_out=4, apply_b_dec_to_input=False), "saelens", "no transcoder with TopK; only ReLU"),
-        (random_sae(Threshold(0.4), hook_name_out="layers.3"), "saelens", "never subtract b_dec from their input"),
         (random_sae(MutualChoice(3)), "saelens", "MutualChoice decides over a batch, .*calibrate first"),
         (random_sae(TopK(3)), "onnx", "no format to write named 'onnx'; closest of 3"),
     ],

@@ -118,13 +118,11 @@ def test_every_kind_can_be_named_in_a_file():
     ids=["shared bias", "shared scale"],
 )
 def test_an_output_of_another_width_shares_neither_bias_nor_scale(cfg):
-    with pytest.raises(
-        ShapeError, match=r"\(6 -> 4 numbers\) writes another Site.*apply_b_dec_to_input=False"
-    ):
+    with pytest.raises(ShapeError, match=r"\(6 -> 4 numbers\) writes another Site.*apply_b_dec_to_input=False"):
         SAE(D_MODEL, N_FEATURES, TopK(3), cfg=cfg)
 
 
-@all_of_them
+@pytest.mark.parametrize("normalisation", [Plain(), EqualNorms(), ConstantNorm(), LayerNorm(eps=0.0)], ids=repr)
 def test_rescaled_does_the_same_to_inputs_of_another_scale(normalisation):
     sae, x = random_sae(normalisation), inputs()
     torch.testing.assert_close(sae.rescaled(10.0)(x * 10), sae(x) * 10, rtol=1e-4, atol=1e-4)

@@ -151,7 +151,7 @@ def test_gates_are_not_asked_to_explain_what_a_skip_connection_does():
         sae.skip.copy_(torch.eye(D_MODEL))
         sae.b_dec.zero_()
     extra = random_extra(Gated(2), sae) | {"b_gate": torch.full((N_FEATURES,), -1e3, dtype=torch.float64)}
-    assert float(Gated(2).measure(sae, extra, x, x).loss) == pytest.approx(0)
+    assert Gated(2).measure(sae, extra, x, x).loss.item() == pytest.approx(0)
 
 
 def test_the_weight_of_a_penalty_rises_while_too_many_are_active_and_falls_while_too_few_are():
