@@ -45,7 +45,7 @@ def test_every_run_of_the_list_can_be_configured_and_differs_from_the_others_in_
 
 
 def test_rules_of_one_table_share_width_batch_and_learning_rate():
-    run = replace(RUN, expansion=64, k=8)
+    run = replace(RUN, expansion=64, k=8, tokens=100_000)
     setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=256, pre_bias="median")
     configs = [make(setting) for make in runs.RULES.values()]
     assert len({(c.n_features, c.batch_tokens, c.peak_lr, c.tokens, c.seed) for c in configs}) == 1

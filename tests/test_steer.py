@@ -151,7 +151,7 @@ def test_far_edits_are_warned_of_on_stderr(capsys, strongest):
         (["--features", "1", "--amount", "5", "--tokens", "100000"], "shorten the prompt or ask for fewer"),
         (["--features", "1", "--amount", "5", "--tokens", "0"], "give at least 1 token"),
         (["--features", "1", "--amount", "5", "--site", "layers.77"], "no submodule named 'layers.77'"),
-        (["--features", "1", "--amount", "5", "--sae", "nowhere"], "no SAE in"),
+        (["--features", "1", "--amount", "5", "--sae", "nowhere"], "no file or folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
