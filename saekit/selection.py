@@ -265,7 +265,8 @@ class Threshold:
         if theta.ndim and len(theta) != n_features:
             raise ShapeError(f"Threshold holds {len(theta)} cuts, but the dictionary has {n_features} features")
         # a negative cut would let entries through that ReLU closes anyway
-        return theta.expand(n_features).clamp(min=0 if self.relu else None, max=torch.inf)
+        theta = theta.expand(n_features)
+        return theta.clamp(min=0) if self.relu else theta
 
 
 def check_k(name: str, k: int) -> None:

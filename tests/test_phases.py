@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from toy_vectors import D_MODEL, mixtures
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.harvest import TensorSource
@@ -22,17 +23,7 @@ from saekit.training.schedule import AnnealK, ThenFeatureChoice
 from saekit.training.step import TrainState, train_step
 
 SITE, OUT = Site.parse("layers.1"), Site.parse("layers.2")
-D_MODEL, BATCH, N_FEATURES = 16, 256, 48
-
-
-def mixtures(n: int, *, seed: int, active: int = 3) -> Tensor:
-    """`(n, 16)` sums of `active` of the same 24 directions, off centre."""
-    directions = torch.nn.functional.normalize(
-        torch.randn(24, D_MODEL, generator=torch.Generator().manual_seed(9)), dim=1
-    )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(n, 24, generator=generator).argsort(1) < active
-    return (chosen * (torch.rand(n, 24, generator=generator) + 0.5)) @ directions * 3 + 1
+BATCH, N_FEATURES = 256, 48
 
 
 @pytest.fixture(scope="module")

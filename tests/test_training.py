@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from toy_vectors import D_MODEL, mixtures
 
 from saekit.activations.harvest import TensorSource
 from saekit.errors import DataError, SaekitError
@@ -22,19 +23,9 @@ from saekit.training.schedule import AnnealK, ThenFeatureChoice
 from saekit.training.step import TrainState, geometric_median, measure, train_step
 
 SITE, OTHER = Site.parse("layers.1"), Site.parse("layers.2")
-D_MODEL, BATCH = 16, 256
+BATCH = 256
 RULES = [TopK(3), MutualChoice(3), FeatureChoice(3), FeatureChoice(3, exponent=1.0)]
 ZIPF, DEAD_ONLY = AuxZipf(dead_after=2 * BATCH), AuxK(dead_after=2 * BATCH)
-
-
-def mixtures(n: int, *, seed: int, n_directions: int = 24, active: int = 3) -> Tensor:
-    """`(n, 16)` sums of `active` of the same 24 directions, off centre: what a sparse dictionary explains."""
-    directions = torch.nn.functional.normalize(
-        torch.randn(n_directions, D_MODEL, generator=torch.Generator().manual_seed(9)), dim=1
-    )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(n, n_directions, generator=generator).argsort(1) < active
-    return (chosen * (torch.rand(n, n_directions, generator=generator) + 0.5)) @ directions * 3 + 1
 
 
 @pytest.fixture(scope="module")

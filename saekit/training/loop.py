@@ -65,11 +65,8 @@ def train(
     cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
     start, facts = START, {} if run_file is None else _facts(source)
     if run_file is not None and run_file.resume:
-        # the file says where in the stream the run goes on, the stream where its vectors are
-        start = load_run(run_file.path, configs, cfgs, facts)[1]
+        states, start = load_run(run_file.path, configs, cfgs, facts)
         ahead = Ahead(cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=start))
-        device = ahead.look(1)[0][first.site].vectors.device
-        states, start = load_run(run_file.path, configs, cfgs, facts, device=device)
     else:
         if run_file is not None:
             check_unfinished(run_file.path, resume=False)
