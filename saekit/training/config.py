@@ -157,13 +157,13 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate between warm-up and decay: 4e-3 at 4,096 features, falling with the root of the width.
+        """The learning rate between warm-up and decay: 3e-3 at 4,096 features, falling with the root of the width.
 
         Tuned on two models (1,024 features on 64 dimensions, 4,096 on 256); at twice this features begin to die.
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return min(8e-3, 4e-3 * (4096 / self.n_features) ** 0.5)
+        return min(8e-3, 3e-3 * (4096 / self.n_features) ** 0.5)
 
     @property
     def dead_threshold(self) -> int:
