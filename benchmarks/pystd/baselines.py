@@ -6,6 +6,7 @@ See README.md beside this file for what each number means.
 """
 
 import argparse
+import itertools
 import json
 import lzma
 import sys
@@ -59,6 +60,7 @@ def measure(folder: Path) -> dict:
         n_tokens = rows.ids[:, 1:].numel()
         in_bits = n_tokens / np.log(2) / len(text)
         of_model = held_out_nats(model, rows)
+        of_model_with_context = nats_with_context(model, rows)
         of_trigram = float(trigram.nats(counts, rows.ids.numpy()).mean())
         lzma_sizes = {"alone": compressed(text)}
         for kind, before in primers.items():
@@ -68,11 +70,37 @@ def measure(folder: Path) -> dict:
             "tokens": n_tokens,
             "bytes": len(text),
             "model": {"nats_per_token": of_model, "bits_per_byte": of_model * in_bits},
+            "model_with_context": {
+                "nats_per_token": of_model_with_context,
+                "bits_per_byte": of_model_with_context * in_bits,
+            },
             "trigram": {"nats_per_token": of_trigram, "bits_per_byte": of_trigram * in_bits},
             "lzma": {kind: {"bits_per_byte": size * 8 / len(text)} for kind, size in lzma_sizes.items()},
         }
     report["continuations"] = [continuations(model, tokenizer, prompt) for prompt in PROMPTS]
     return report
+
+
+@torch.inference_mode()
+def nats_with_context(model: torch.nn.Module, rows: TokenRows, *, batch_rows: int = 16) -> float:
+    """Mean nats per token over the same tokens, where each has at least half a context before it.
+
+    The rows are joined to the stream that they were cut from; a window of one context slides over it by
+    half its length, and only what is new in it counts.
+    """
+    stream, body = rows.ids[:, 1:].flatten(), rows.ids.shape[1] - 1
+    stride = (body + 1) // 2
+    ends = [*range(body, len(stream), stride), len(stream)]
+    windows = torch.stack([stream[end - body : end] for end in ends])
+    windows = torch.cat([rows.ids[:1, :1].expand(len(windows), 1), windows], dim=1)
+    new = torch.tensor([body, *(end - before for before, end in itertools.pairwise(ends))])
+    is_new = torch.arange(body) >= body - new[:, None]
+    total = 0.0
+    for part, counted in zip(windows.split(batch_rows), is_new.split(batch_rows), strict=True):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
+        total += nats[counted].sum().item()
+    return total / len(stream)
 
 
 def text_of_rows(rows: TokenRows, documents: Sequence[Document]) -> bytes:
@@ -103,12 +131,12 @@ def table(report: dict) -> str:
     lines = [f"Python {report['python']}, {report['model']}, trained on {report['train_bytes']:,} bytes"]
     for name, part in report["held_out"].items():
         lines.append(f"\n{name}: {part['documents']} documents, {part['tokens']:,} tokens, {part['bytes']:,} bytes")
-        lines.append(f"  {'':22}{'nats/token':>12}{'bits/byte':>12}")
-        rows = {"model": part["model"], "trigram": part["trigram"]}
+        lines.append(f"  {'':24}{'nats/token':>12}{'bits/byte':>12}")
+        rows = {"model": part["model"], "model with context": part["model_with_context"], "trigram": part["trigram"]}
         rows |= {f"lzma {kind}": numbers for kind, numbers in part["lzma"].items()}
         for label, numbers in rows.items():
             nats = f"{numbers['nats_per_token']:.3f}" if "nats_per_token" in numbers else ""
-            lines.append(f"  {label:22}{nats:>12}{numbers['bits_per_byte']:>12.3f}")
+            lines.append(f"  {label:24}{nats:>12}{numbers['bits_per_byte']:>12.3f}")
     for texts in report["continuations"]:
         for kind in ("greedy", "sampled"):
             lines.append(f"\n--- {texts['prompt']!r}, {kind}\n{texts[kind]}")
