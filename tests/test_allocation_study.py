@@ -66,7 +66,7 @@ def test_seeds_are_outermost():
 def test_a_run_fills_the_columns_that_apply_to_it(tmp_path):
     row = measure.measure(RUN, shared=tmp_path)
     assert set(row) <= set(results.COLUMNS)
-    for name in ("batch_mode_fvu", "inference_l0_p95", "truth_f1", "truth_recovered_band_4", "train_s_per_mtok"):
+    for name in ("batch_mode_fvu", "inference_l0_p95", "truth_f1", "truth_recovered_band_4", "train_cpu_s_per_mtok"):
         assert isinstance(row[name], float), name
     assert row["batch_tokens"] == 2048
     # 2,304 held-out tokens are one batch as large as in training and a rest that would be another rule

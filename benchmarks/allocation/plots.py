@@ -13,7 +13,7 @@ SHOWN = {
     "dead": ("inference_dead_fraction", "features that never fired", False),
     "surprisal": ("inference_l0_surprisal_corr", "rank correlation of L0 with surprisal", False),
     "recovered": ("truth_recovered", "true features found", False),
-    "seconds": ("train_s_per_mtok", "seconds per million tokens, without the model", True),
+    "seconds": ("train_cpu_s_per_mtok", "processor seconds per million tokens, without the model", True),
 }
 
 

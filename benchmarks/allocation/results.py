@@ -24,7 +24,7 @@ COLUMNS = (
     *KEY, "d_model", "n_features", "batch_tokens", "learning_rate",
     *(f"batch_mode_{name}" for name in _MODE), *(f"inference_{name}" for name in _MODE),
     "concepts", "concept_f1_mean", "concepts_told", *(f"truth_{name}" for name in _TRUTH),
-    "train_s_per_mtok", "source_s_per_mtok", "start_mb", "peak_mb",
+    "train_cpu_s_per_mtok", "source_cpu_s_per_mtok", "start_mb", "peak_mb",
     "saekit", "commit", "torch", "python", "machine", "threads", "finished",
 )  # fmt: skip
 

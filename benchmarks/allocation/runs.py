@@ -94,7 +94,7 @@ RULES: dict[str, Callable[[Setting], TrainConfig]] = {
 }
 
 DATASETS = ("pystd", "stories260K", "synthetic", "synthetic_outliers", "synthetic_outliers_uncentred")
-FULL_TOKENS = 4_000_000
+FULL_TOKENS = 1_024_000
 QUICK_TOKENS = 131_072
 
 
