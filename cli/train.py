@@ -12,6 +12,7 @@ from .output import Progress, columns, write_facts
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
+    from saekit.sae import SAE
     from saekit.selection import SelectionRule
     from saekit.targets import Target
     from saekit.training.config import TrainConfig
@@ -32,6 +33,7 @@ class Train:
       saekit train ./my-model ./notes.txt --site layers.3 --out my-sae
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
       saekit train --site layers.2.mlp:in --site-out layers.2.mlp:out --skip
+      saekit train --start my-sae --rule jumprelu --learning-rate 3e-4 --out tuned
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pystd"
@@ -55,8 +57,11 @@ class Train:
     """Share of the run after which --rule mutual or topk goes on as feature choice, on the curve it has led to."""
     matryoshka: bool = False
     """Every prefix of the dictionary has to reconstruct by itself; for rules with a budget."""
-    features: int = 4096
-    """Width of the dictionary."""
+    features: int | None = None
+    """Width of the dictionary; 4,096 if not given, or that of --start."""
+    start: tuple[str, ...] = ()
+    """SAEs to go on from instead of new weights, one for each --site; a lower --learning-rate may be wise. With
+    --rule jumprelu the thresholds of the SAE are what training fine-tunes."""
     tokens: int = 1_000_000
     """Length of training; a shorter text is read more than once."""
     batch_tokens: int = 1024
@@ -92,18 +97,20 @@ class Train:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
+        from saekit.loading import load
         from saekit.targets import Target
 
         run_file = None if self.dry_run else run_file_of(self)
         target = Target.load(self.model, device=self.device)
-        configs = train_configs(self, target)
+        starts = [load(path) for path in self.start]
+        configs = train_configs(self, target, starts)
         corpus = read_corpus(self, target)
         source = harvest_of(self, target, corpus, configs)
         if run_file is None:
             facts = estimate(configs, source)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
             return 0
-        facts = train_and_evaluate(self, target, corpus, configs, source, run_file=run_file)
+        facts = train_and_evaluate(self, target, corpus, configs, source, starts=starts, run_file=run_file)
         write_facts({"saes": facts} if len(facts) > 1 else facts[0], as_json=self.json, text=lambda: as_text(facts))
         return 0
 
@@ -151,15 +158,18 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
     return corpus
 
 
-def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
-    """What the flags say, as one config per Site."""
+def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()) -> list["TrainConfig"]:
+    """What the flags say, and what follows from the SAEs to go on from, as one config per Site."""
     from saekit.errors import SaekitError
     from saekit.losses import AuxK, AuxZipf
     from saekit.targets import Site
     from saekit.training.config import TrainConfig
     from saekit.training.schedule import ThenFeatureChoice
 
-    sites = [Site.parse(site) for site in command.site] or [target.middle_site()]
+    named = command.site or [start.cfg.hook_name for start in starts]
+    sites = [Site.parse(site) for site in named] or [target.middle_site()]
+    if starts and len(starts) != len(sites):
+        raise SaekitError(f"{len(starts)} SAEs to start from for {len(sites)} Sites; give one --start for each --site")
     sites_out = [Site.parse(site) for site in command.site_out] or [None] * len(sites)
     if len(sites_out) != len(sites):
         raise SaekitError(
@@ -181,7 +191,7 @@ def train_configs(command: Train, target: "Target") -> list["TrainConfig"]:
             rule=rule,
             objective=objective,
             then=None if command.then_feature is None else ThenFeatureChoice(at=command.then_feature),
-            n_features=command.features,
+            n_features=command.features or (starts[0].n_features if starts else 4096),
             tokens=command.tokens,
             batch_tokens=command.batch_tokens,
             seed=command.seed,
@@ -231,6 +241,7 @@ def train_and_evaluate(
     configs: Sequence["TrainConfig"],
     source: "Harvest",
     *,
+    starts: Sequence["SAE"] = (),
     run_file: "RunFile | None" = None,
 ) -> list[dict[str, Any]]:
     """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
@@ -250,6 +261,7 @@ def train_and_evaluate(
             source,
             model_name=command.model,
             context_size=corpus.train.context,
+            start=starts or None,
             on_step=lambda step, reports: progress.to(
                 step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
             ),
@@ -264,6 +276,7 @@ def train_and_evaluate(
             text=command.text,
             row_bos=command.row_bos == "yes",
             held_out_rows=command.held_out_rows,
+            **({"started_from": list(command.start)} if command.start else {}),
             mask=source.mask.as_dict(),
             evaluation=metrics,
             **versions(),

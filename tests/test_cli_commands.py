@@ -254,6 +254,34 @@ def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):
     assert recipe["then"].startswith("ThenFeatureChoice(at=0.5")
 
 
+def test_thresholds_are_fine_tuned_from_an_sae_that_is_there(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "first", "--json")) == 0
+    first = facts_of(capsys)
+    common = [
+        "train", str(place / "model"), str(place / "text.txt"), "--k", "4", "--rule", "jumprelu", "--learning-rate",
+        "1e-3", "--tokens", "4096", "--batch-tokens", "256", "--held-out-rows", "20", "--json",
+    ]  # fmt: skip
+    assert main([*common, "--start", str(tmp_path / "first"), "--out", str(tmp_path / "tuned")]) == 0
+    tuned = facts_of(capsys)
+    assert main([*common, "--site", "layers.1", "--features", "64", "--out", str(tmp_path / "new")]) == 0
+    new = facts_of(capsys)
+    # Site and width are those of the SAE that it started from, and so is what it has learnt
+    assert tuned["site"] == first["site"]
+    assert tuned["fvu"] < 0.8 * new["fvu"]
+    sae = SAE.load(tmp_path / "tuned")
+    assert sae.n_features == 64
+    assert isinstance(sae.rule, Threshold)
+    assert sae.cfg.metadata["started_from"] == [str(tmp_path / "first")]
+
+
+def test_starts_and_sites_must_be_equally_many(place, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "first")) == 0
+    capsys.readouterr()
+    start = ["--start", str(tmp_path / "first"), str(tmp_path / "first")]
+    assert main(train_arguments(place, tmp_path / "second", *start)) == 1
+    assert "2 SAEs to start from for 1 Sites" in capsys.readouterr().err
+
+
 def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, capsys):
     sites = ["--site", "layers.0.mlp:in", "--site-out", "layers.0.mlp:out", "--skip", "--json"]
     assert main(train_arguments(place, tmp_path / "sae", *sites)) == 0

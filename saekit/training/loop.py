@@ -38,6 +38,7 @@ def train(
     *,
     model_name: str = "",
     context_size: int | None = None,
+    start: Sequence[SAE] | None = None,
     on_step: OnStep = lambda step, reports: None,
     run_file: RunFile | None = None,
 ) -> list[SAE]:
@@ -48,6 +49,7 @@ def train(
     Args:
         configs: they may differ in Site and in everything that concerns one SAE, not in tokens,
             batch_tokens and seed, which decide the stream.
+        start: an SAE per config whose weights training goes on with; new ones if not given.
         on_step: called after every step with the number of steps done and a report per config.
         run_file: where to save the run, so that it can go on if it ends early, and whether to go on. A run
             that goes on ends with the weights of one that was never interrupted, to the bit, where a seed
@@ -62,17 +64,20 @@ def train(
         DataError: if a loss is no longer finite; the message says at which step.
     """
     first = _check(configs, source)
+    if start is not None and len(start) != len(configs):
+        raise SaekitError(f"{len(start)} SAEs to start from for {len(configs)} to train; give one for each")
     cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
-    start, facts = START, {} if run_file is None else _facts(source)
+    place, facts = START, {} if run_file is None else _facts(source)
     if run_file is not None and run_file.resume:
-        states, start = load_run(run_file.path, configs, cfgs, facts)
-        ahead = Ahead(cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=start))
+        states, place = load_run(run_file.path, configs, cfgs, facts)
+        ahead = Ahead(cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=place))
     else:
         if run_file is not None:
             check_unfinished(run_file.path, resume=False)
         ahead = Ahead(source.stream(first.batch_tokens, seed=first.seed))
-        states = _begin(configs, cfgs, ahead.look(max(1, SAMPLE_TOKENS // first.batch_tokens)))
-    with Keeper(run_file, states, facts, start) as keeper:
+        sample = ahead.look(max(1, SAMPLE_TOKENS // first.batch_tokens))
+        states = _begin(configs, cfgs, start or [None] * len(configs), sample)
+    with Keeper(run_file, states, facts, place) as keeper:
         _take_steps(states, ahead, on_step, keeper)
     return [_finish(state, ahead) for state in states]
 
@@ -97,7 +102,12 @@ class Ahead:
         return self._waiting.popleft()
 
 
-def _begin(configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], sample: Sequence[Batches]) -> list[TrainState]:
+def _begin(
+    configs: Sequence[TrainConfig],
+    cfgs: Sequence[SAEConfig],
+    starts: Sequence[SAE | None],
+    sample: Sequence[Batches],
+) -> list[TrainState]:
     """New states, set up by the first batches, which are trained on like all others."""
     return [
         TrainState.start(
@@ -105,8 +115,9 @@ def _begin(configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], sample: Se
             _vectors(sample, config.site),
             _vectors(sample, config.site_out) if config.site_out else None,
             cfg=cfg,
+            start=start,
         )
-        for config, cfg in zip(configs, cfgs, strict=True)
+        for config, cfg, start in zip(configs, cfgs, starts, strict=True)
     ]
 
 

@@ -18,6 +18,7 @@ from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
 from saekit.training.resample import resample
+from saekit.training.warm_start import check_start, in_training_units
 
 Vectors = Float[Tensor, "n_tokens d_model"]
 Targets = Float[Tensor, "n_tokens d_out"]
@@ -63,13 +64,26 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, sample: Vectors, targets: Targets | None = None, *, cfg: SAEConfig | None = None
+        cls,
+        config: TrainConfig,
+        sample: Vectors,
+        targets: Targets | None = None,
+        *,
+        cfg: SAEConfig | None = None,
+        start: SAE | None = None,
     ) -> "TrainState":
-        """Seeded weights, with biases and scales read off a sample of activations (and of targets)."""
+        """Seeded weights, or those of `start`; biases and scales are read off a sample of activations (and targets)."""
         input_scale, centre_in = _scale_and_centre(config, sample)
         output_scale, centre_out = (input_scale, centre_in) if targets is None else _scale_and_centre(config, targets)
         cfg = cfg or cfg_of(config, sample.shape[1], None if targets is None else targets.shape[1])
         state = cls.blank(config, cfg, input_scale=input_scale, output_scale=output_scale, device=sample.device)
+        if start is not None:
+            check_start(start, cfg, skip=config.skip)
+            known = in_training_units(start, input_scale=input_scale, output_scale=output_scale)
+            state.sae.load_state_dict(known.state_dict())
+            # its own cuts are where an objective that learns them begins
+            state.set_extra(config.objective.extra(state.sae.with_rule(known.rule), state.inputs(sample)))
+            return state
         with torch.no_grad():
             state.sae.b_dec.copy_(centre_out)
         if targets is not None:

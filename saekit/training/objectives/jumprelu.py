@@ -47,14 +47,26 @@ class JumpReLU:
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         prepared, _ = sae.prepare(sample)
-        kept = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample)))
-        theta = kept.scores.min().clamp(min=1e-3).expand(sae.n_features)
+        if isinstance(sae.rule, Threshold) and torch.as_tensor(sae.rule.theta).max() > 0:
+            theta = sae.rule.per_feature(sae.n_features, prepared)
+        else:
+            theta = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample))).scores.min()
         # the logarithm keeps thresholds positive
-        return {"log_theta": theta.log().clone(), "log_weight": start_weight(sample)}
+        log_theta = theta.clamp(min=1e-3).log().expand(sae.n_features).clone()
+        return {
+            "log_theta": log_theta,
+            "log_weight": start_weight(sample, self._balanced_weight(sae, log_theta, sample)),
+        }
 
     def measure(self, sae: SAE, extra: Extra, x: Vectors, y: Targets) -> Measured:
+        codes, y_hat, active = self._parts(sae, extra["log_theta"], x)
+        penalty = held_to(self.k, codes, extra["log_weight"], active)
+        return Measured(codes, y_hat, summed_mse(y, y_hat) + penalty)
+
+    def _parts(self, sae: SAE, log_theta: Tensor, x: Vectors) -> tuple[SparseCodes, Targets, Tensor]:
+        """Codes, reconstruction and penalty of a batch."""
         prepared, scale = sae.prepare(x)
-        theta = extra["log_theta"].exp()
+        theta = log_theta.exp()
         reach = (theta.detach() - self.bandwidth / 2).clamp(min=0)
         near = above(prepared, sae.encoder, sae.b_enc, reach)
         h = encode_entries(prepared, sae.encoder, sae.b_enc, near, relu=False)
@@ -67,9 +79,22 @@ class JumpReLU:
         codes = SparseCodes(values, near.features, near.row_starts, sae.n_features)
         if scale is not None:
             codes = codes.with_values(values * scale[:, 0][codes.token_of_entry()])
-        y_hat = sae.decode(codes, x)
-        penalty = held_to(self.k, codes, extra["log_weight"], active.sum() / len(x))
-        return Measured(codes, y_hat, summed_mse(y, y_hat) + penalty)
+        return codes, sae.decode(codes, x), active.sum() / len(x)
+
+    def _balanced_weight(self, sae: SAE, log_theta: Tensor, sample: Vectors) -> float:
+        """The penalty's weight at which thresholds that are right already would, taken together, stay.
+
+        Of an autoencoder; a transcoder's targets are not at hand here, and its weight finds itself.
+        """
+        if sae.cfg.is_transcoder:
+            return 1.0
+        with torch.enable_grad():
+            moved = log_theta.detach().requires_grad_()
+            _, y_hat, active = self._parts(sae, moved, sample)
+            (down,) = torch.autograd.grad(summed_mse(sample, y_hat), moved, retain_graph=True)
+            (up,) = torch.autograd.grad(active, moved)
+        weight = -float(down.sum() / up.sum())
+        return weight if weight > 0 else 1.0
 
     def finished(self, sae: SAE, extra: Extra) -> SAE:
         return sae.with_rule(Threshold(extra["log_theta"].detach().exp()))
