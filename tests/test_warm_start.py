@@ -5,44 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from toy_runs import N_FEATURES, OUT, SITE, config, source_of
+from toy_runs import small_samples as small_samples
 from toy_vectors import D_MODEL, mixtures
 
-from saekit.activations.harvest import TensorSource
 from saekit.errors import SaekitError
 from saekit.losses import fvu
 from saekit.normalisation import EqualNorms
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
-from saekit.selection import MutualChoice, SelectionRule, Threshold, TopK
-from saekit.targets import Site
-from saekit.training import loop
-from saekit.training.config import TrainConfig
+from saekit.selection import MutualChoice, SelectionRule, Threshold
 from saekit.training.loop import train
 from saekit.training.objectives import JumpReLU
 from saekit.training.step import TrainState, measure
 
-SITE, OUT = Site.parse("layers.1"), Site.parse("layers.2")
-BATCH, N_FEATURES = 256, 48
+pytestmark = pytest.mark.usefixtures("small_samples")
 
 
 @pytest.fixture(scope="module")
 def vectors() -> Tensor:
     return mixtures(8192, seed=0) * 7 + 3
-
-
-@pytest.fixture(autouse=True)
-def _small_samples(monkeypatch):
-    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 2048)
-    monkeypatch.setattr(loop, "CALIBRATION_TOKENS", 8192)
-
-
-def config(steps: int = 20, **changes) -> TrainConfig:
-    defaults = {"site": SITE, "rule": TopK(3), "n_features": N_FEATURES, "tokens": steps * BATCH, "batch_tokens": BATCH}
-    return TrainConfig(**{**defaults, "learning_rate": 1e-2, **changes})
-
-
-def source_of(vectors: Tensor) -> TensorSource:
-    return TensorSource(site=SITE, vectors=vectors, buffer_tokens=2048)
 
 
 def random_sae(rule: SelectionRule, cfg: SAEConfig, *, skip: bool = False) -> SAE:
