@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from argparse import Namespace
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -11,12 +12,20 @@ import pytest
 import torch
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, study
+from benchmarks.allocation.by_peer import train_by_peer
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
 from saekit.errors import DataError, FileError, SaekitError
 from saekit.selection import FeatureChoice, Threshold
 from saekit.training import loop
 
 RUN = runs.Run(dataset="synthetic_outliers", rule="feature_zipf+aux_zipf", expansion=2, k=4, seed=0, tokens=4096)
+
+
+NOWHERE = Path("no-such-environment") / "python"
+
+
+def options_for(shared: Path) -> Namespace:
+    return Namespace(shared=shared, peer_python=NOWHERE)
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def test_seeds_are_outermost():
 
 @pytest.mark.usefixtures("_small")
 def test_a_run_fills_the_columns_that_apply_to_it(tmp_path):
-    row = measure.measure(RUN, shared=tmp_path)
+    row = measure.measure(RUN, shared=tmp_path, peer_python=NOWHERE)
     assert set(row) <= set(results.COLUMNS)
     for name in ("batch_mode_fvu", "inference_l0_p95", "truth_f1", "truth_recovered_band_4", "train_cpu_s_per_mtok"):
         assert isinstance(row[name], float), name
@@ -104,7 +113,7 @@ def test_the_batch_rule_grants_every_feature_what_training_granted_it_last(monke
 
 @pytest.mark.usefixtures("_small")
 def test_a_rule_that_decides_token_by_token_has_one_mode(tmp_path):
-    row = measure.measure(replace(RUN, rule="topk"), shared=tmp_path)
+    row = measure.measure(replace(RUN, rule="topk"), shared=tmp_path, peer_python=NOWHERE)
     modes = [{k.partition("_l0")[2]: v for k, v in row.items() if k.startswith(mode)} for mode in ("batch_mode", "inf")]
     assert modes[0] == modes[1]
     assert row["inference_l0_error_corr"] is None or row["inference_l0"] < RUN.k
@@ -172,6 +181,26 @@ def test_no_number_is_lost_to_a_table_without_its_column(tmp_path):
         results.read(path)
 
 
+@pytest.mark.usefixtures("_small")
+def test_a_peer_that_cannot_train_says_why(tmp_path):
+    dataset = datasets.open_dataset("synthetic", shared=tmp_path)
+    run = replace(RUN, dataset="synthetic", rule=runs.BY_PEER[0])
+    # this interpreter has no dictionary_learning
+    with pytest.raises(SaekitError, match="No module named 'dictionary_learning'"):
+        train_by_peer(run, measure.config_of(run, dataset), dataset.source, python=Path(sys.executable))
+
+
+@pytest.mark.interop
+@pytest.mark.usefixtures("_small")
+def test_a_peer_trains_on_the_same_vectors_and_is_measured_alike(tmp_path):
+    run = replace(RUN, dataset="synthetic", rule=runs.BY_PEER[0], tokens=100_000)
+    row = measure.measure(run, shared=tmp_path, peer_python=study.PEER_PYTHON)
+    assert row["inference_l0"] == pytest.approx(run.k, rel=0.15)
+    assert row["batch_mode_l0"] == pytest.approx(run.k, rel=1e-6)
+    assert 0 < row["inference_fvu"] < 0.5
+    assert row["train_cpu_s_per_mtok"] > 0
+
+
 # the study
 
 
@@ -181,8 +210,11 @@ def test_what_is_done_is_not_done_again_and_what_cannot_be_is_named(tmp_path, ca
     first, second = replace(RUN, dataset="synthetic"), replace(RUN, dataset="synthetic", seed=1)
     absent, impossible = replace(RUN, dataset="stories260K"), replace(RUN, dataset="synthetic", tokens=100)
     done = {results.key_of(first, dataset.fingerprint)}
-    assert list(study.to_do([first, absent, second, impossible], done, tmp_path)) == [second]
+    by_peer = replace(first, rule=runs.BY_PEER[0])
+    wanted = [first, absent, second, impossible, by_peer]
+    assert list(study.to_do(wanted, done, options_for(tmp_path))) == [second]
     said = capsys.readouterr().err
+    assert f"without {by_peer.rule}: there is no {NOWHERE}" in said
     assert "without stories260K: there is no stories260K" in said
     assert "tokens=100 is less than one batch" in said
 
@@ -193,7 +225,7 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     arguments = ["study", "--out", str(out), "--datasets", "synthetic", "--rules", "topk", "--seeds", "0", "--ks", "8"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--expansions", "16"])
     ran = []
-    monkeypatch.setattr(study, "in_own_process", lambda run, shared: ran.append(run) or {"dataset": "x"})
+    monkeypatch.setattr(study, "in_own_process", lambda run, shared, peer: ran.append(run) or {"dataset": "x"})
     monkeypatch.setattr(study, "TESTS", ("that_is_not_there",))
     assert study.main() == 1
     assert (ran, out.exists()) == ([], False)
@@ -209,11 +241,11 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     "error, said", [(DataError("the loss is nan"), "the loss is nan"), (BrokenProcessPool(), "killed")]
 )
 def test_a_run_that_fails_leaves_no_row_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys, error, said):
-    def fail(run, shared):
+    def fail(run, shared, peer):
         raise error
 
     monkeypatch.setattr(study, "in_own_process", fail)
-    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", tmp_path)
+    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", options_for(tmp_path))
     assert results.read(tmp_path / "r.csv") == []
     assert said in capsys.readouterr().err
 

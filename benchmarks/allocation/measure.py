@@ -14,8 +14,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.datasets import HELD_OUT_SEED, Dataset, open_dataset
-from benchmarks.allocation.runs import RULES, Run, Setting
+from benchmarks.allocation.runs import BY_PEER, RULES, Run, Setting
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.harvest import Harvest
 from saekit.activations.tokens import TokenRows
@@ -43,16 +44,21 @@ def config_of(run: Run, dataset: Dataset) -> TrainConfig:
     return RULES[run.rule](setting)
 
 
-def measure(run: Run, *, shared: Path) -> dict[str, object]:
+def measure(run: Run, *, shared: Path, peer_python: Path) -> dict[str, object]:
     """A whole row; nothing but the run and the data decides it, besides times, memory and the machine."""
     dataset = open_dataset(run.dataset, shared=shared)
     config = config_of(run, dataset)
     start_mb = memory_mb("VmRSS")
     timed = TimedSource(dataset.source)
     began = time.process_time()
-    sae, batch_rule = train_one(config, timed)
-    train_s = time.process_time() - began - timed.seconds
-    peak_mb = memory_mb("VmHWM")
+    if run.rule in BY_PEER:
+        elsewhere = train_by_peer(run, config, timed, python=peer_python)
+        sae, batch_rule = elsewhere.sae, config.rule
+        train_s, peak_mb = elsewhere.cpu_s, elsewhere.peak_mb
+    else:
+        sae, batch_rule = train_one(config, timed)
+        train_s = time.process_time() - began - timed.seconds
+        peak_mb = memory_mb("VmHWM")
     tokens = TokenFacts.read(dataset, config.batch_tokens)
     inference = evaluate_mode(sae, dataset, tokens)
     batch = inference

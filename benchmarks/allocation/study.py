@@ -22,6 +22,7 @@ from saekit.errors import SaekitError
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
+PEER_PYTHON = REPOSITORY / ".venv-interop" / "bin" / "python"
 # what the numbers rest on; the study refuses to run while one of these is red
 TESTS = (
     "selection", "kernels", "losses", "density", "training", "calibrate", "evaluate", "synthetic", "recovery",
@@ -34,7 +35,7 @@ def main() -> int:
     out = options.out or HERE / ("quick.csv" if options.quick else "results.csv")
     wanted = list(runs.quick()) if options.quick else list(listed(options))
     try:
-        pending = list(to_do(wanted, results.done(out), options.shared))
+        pending = list(to_do(wanted, results.done(out), options))
         note(f"{len(pending)} of {len(wanted)} runs to do, results in {out}")
         if options.list:
             print("\n".join(map(str, pending)))
@@ -42,9 +43,7 @@ def main() -> int:
         if pending and not tests_pass():
             note("the tests are red, so no number would mean anything; make them pass first")
             return 1
-        failed = sum(
-            not finish(run, number, len(pending), out, options.shared) for number, run in enumerate(pending, 1)
-        )
+        failed = sum(not finish(run, number, len(pending), out, options) for number, run in enumerate(pending, 1))
         plots.write_all(results.read(out), out.with_suffix(""))
     except SaekitError as error:
         note(f"Error: {error}")
@@ -54,11 +53,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def finish(run: runs.Run, number: int, of: int, out: Path, shared: Path) -> bool:
+def finish(run: runs.Run, number: int, of: int, out: Path, options: argparse.Namespace) -> bool:
     """Do a run and add its row. One that diverges or is killed must not stop hours of others; it is False."""
     note(f"[{number}/{of}] {run}")
     try:
-        row = in_own_process(run, shared)
+        row = in_own_process(run, options.shared, options.peer_python)
     except SaekitError as error:
         note(f"failed: {error}")
         return False
@@ -81,6 +80,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr-scales", nargs="+", type=float, default=[1.0], help="multiples of the learning rate")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder that holds stories260K and its text")
     parser.add_argument(
+        "--peer-python", type=Path, default=PEER_PYTHON, help="interpreter that has dictionary_learning (make interop)"
+    )
+    parser.add_argument(
         "--out", type=Path, help="CSV to add to; results.csv or quick.csv beside this file if not given"
     )
     parser.add_argument("--list", action="store_true", help="only say what would be run")
@@ -99,18 +101,23 @@ def listed(options: argparse.Namespace) -> Iterator[runs.Run]:
     )
 
 
-def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], shared: Path) -> Iterator[runs.Run]:
+def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], options: argparse.Namespace) -> Iterator[runs.Run]:
     """Runs without a row. One that cannot be run is named, with the reason, and left out."""
 
     @cache
     def dataset(name: str) -> datasets.Dataset | SaekitError:
         try:
-            return datasets.open_dataset(name, shared=shared)
+            return datasets.open_dataset(name, shared=options.shared)
         except SaekitError as error:
             note(f"without {name}: {error}")
             return error
 
+    peers_run = options.peer_python.exists()
+    if not peers_run and any(run.rule in runs.BY_PEER for run in wanted):
+        note(f"without {', '.join(runs.BY_PEER)}: there is no {options.peer_python}; `make interop` builds it")
     for run in wanted:
+        if run.rule in runs.BY_PEER and not peers_run:
+            continue
         found = dataset(run.dataset)
         if isinstance(found, SaekitError) or results.key_of(run, found.fingerprint) in done:
             continue
@@ -122,10 +129,10 @@ def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], shared: Path) -> I
         yield run
 
 
-def in_own_process(run: runs.Run, shared: Path) -> dict[str, object]:
+def in_own_process(run: runs.Run, shared: Path, peer_python: Path) -> dict[str, object]:
     """A fresh process for every run: its peak memory is its own, and nothing is left over from the last."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure.measure, run, shared=shared).result()
+        return pool.submit(measure.measure, run, shared=shared, peer_python=peer_python).result()
 
 
 def tests_pass() -> bool:
