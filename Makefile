@@ -34,8 +34,9 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)
 	$(BIN)/saekit demo
 
+# a worker per core; a file stays with one worker, for what its tests share
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # everything but TransformerLens itself (and the little that only version 3 needs) comes from .venv
 $(LENS3)/.ready: $(READY)
