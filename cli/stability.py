@@ -56,8 +56,11 @@ class Stability:
 
     def run(self) -> int:
         from saekit.analysis.stability import measure_stability
+        from saekit.errors import SaekitError
         from saekit.loading import load
 
+        if self.rows < 0:
+            raise SaekitError(f"rows={self.rows}: give the number of rows to read, or 0 to compare all features")
         saes = [load(folder, device=self.device) for folder in self.saes]
         check_one_site(self.saes, saes)
         densities = None
@@ -82,11 +85,16 @@ def check_one_site(folders: Sequence[Path], saes: Sequence["SAE"]) -> None:
 
     if len(saes) < 2:
         raise SaekitError(f"stability compares SAEs with each other; got {len(saes)}, give at least 2 folders")
-    places = [(sae.cfg.model_name, sae.cfg.hook_name, sae.d_model) for sae in saes]
+    places = [(sae.cfg.model_name, read_and_written(sae), sae.d_model) for sae in saes]
     for folder, place in zip(folders, places, strict=True):
         if place != places[0]:
             theirs, wanted = (f"{site} of {model} ({width} dimensions)" for model, site, width in (place, places[0]))
             raise SaekitError(f"{folder} reads {theirs}, {folders[0]} {wanted}; compare SAEs of one Site")
+
+
+def read_and_written(sae: "SAE") -> str:
+    """The Site, or the two Sites of a transcoder."""
+    return f"{sae.cfg.hook_name} -> {sae.cfg.hook_name_out}" if sae.cfg.hook_name_out else sae.cfg.hook_name
 
 
 def densities_of(saes: Sequence["SAE"], opened: "OpenedSAE") -> list[Any]:

@@ -129,6 +129,8 @@ def test_stability_refuses_what_has_nothing_to_compare(place, tmp_path, capsys):
     capsys.readouterr()
     assert main(["stability", str(tmp_path / "a")]) == 1
     assert "got 1, give at least 2 folders" in capsys.readouterr().err
+    assert main(["stability", str(tmp_path / "a"), str(tmp_path / "a"), "--rows", "-1"]) == 1
+    assert "rows=-1: give the number of rows to read, or 0" in capsys.readouterr().err
     assert main(["stability", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert re.search(
         r"b reads layers\.0:out of .*, .*a layers\.1:out of .*; compare SAEs of one Site", capsys.readouterr().err
