@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.allocation import datasets, measure, plots, results, runs, study
+from benchmarks.allocation import datasets, measure, plots, results, runs, study, tables
 from benchmarks.allocation.by_peer import train_by_peer
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
 from saekit.errors import DataError, FileError, SaekitError
@@ -232,6 +232,7 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     assert "the tests are red" in capsys.readouterr().err
     monkeypatch.setattr(study, "tests_pass", lambda: True)
     monkeypatch.setattr(study.plots, "write_all", lambda rows, folder: [])
+    monkeypatch.setattr(study.tables, "write", lambda rows, path: None)
     assert study.main() == 0
     assert len(ran) == 1
     assert len(results.read(out)) == 1
@@ -260,3 +261,23 @@ def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):
     assert list(figure.data[0].y) == [0.1, 0.2]
     assert list(figure.data[0].x) == ["topk", "mutual"]
     assert "cdn" not in written[0].read_text()[:2000]
+
+
+def test_tables_give_means_over_seeds_with_their_spread_and_leave_out_what_nobody_has(tmp_path):
+    empty = dict.fromkeys(results.COLUMNS, "") | {"dataset": "pystd", "expansion": "16", "k": "8", "tokens": "1000"}
+    empty |= {"n_features": "4096", "lr_scale": "1"}
+    runs_of = (("topk", "1", "0.1"), ("topk", "1", "0.3"), ("mutual", "1", "0.15"), ("mutual", "2", "0.5"))
+    rows = [
+        empty | {"rule": rule, "lr_scale": lr_scale, "inference_fvu": fvu, "inference_dead_fraction": "0.0125"}
+        for rule, lr_scale, fvu in runs_of
+    ]
+    tables.write(rows, tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text()
+    assert "## pystd, 4,096 features (16x), k = 8, 1,000 tokens" in text
+    assert text.splitlines()[-5:] == [
+        "| rule | seeds | FVU | dead % |",
+        "|---|---|---|---|",
+        "| topk | 2 | 0.2000 (0.1000 to 0.3000) | 1.25 |",
+        "| mutual | 1 | 0.1500 | 1.25 |",
+        "| mutual x2 | 1 | 0.5000 | 1.25 |",
+    ]

@@ -16,7 +16,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.allocation import datasets, measure, plots, results, runs
+from benchmarks.allocation import datasets, measure, plots, results, runs, tables
 from saekit.errors import SaekitError
 
 HERE = Path(__file__).parent
@@ -45,6 +45,7 @@ def main() -> int:
             return 1
         failed = sum(not finish(run, number, len(pending), out, options) for number, run in enumerate(pending, 1))
         plots.write_all(results.read(out), out.with_suffix(""))
+        tables.write(results.read(out), out.with_suffix(".md"))
     except SaekitError as error:
         note(f"Error: {error}")
         return 1
