@@ -17,6 +17,7 @@ from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
+from saekit.training.descent import descend
 from saekit.training.resample import resample
 
 Vectors = Float[Tensor, "n_tokens d_model"]
@@ -186,13 +187,12 @@ def train_step(
         _resample(state, vectors, targets)
     report = measure(state, vectors, targets)
     report.loss.backward()
-    sae.project_decoder_gradient()
-    nn.utils.clip_grad_norm_(state.trained(), config.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.peak_lr * config.lr_factor(state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    sae.normalise_decoder()
+    descend(
+        state.optimizer,
+        lr=config.peak_lr * config.lr_factor(state.step),
+        clip=config.clip,
+        unit_rows=sae.decoder,
+    )
     state.density.observe(report.codes)
     state.step += 1
     return report
