@@ -13,6 +13,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -49,9 +51,9 @@ def measure(module: str, contender: str, size: Size, repeats: int, device: str) 
     fast = _product(size, data[0], torch.bfloat16)
     samples: dict[str, list[float]] = {"step": [], "matmul": [], "matmul_bf16": []}
     product(), fast()
-    for turn in range(repeats):
+    for batch in islice(cycle(data), repeats):
         samples["matmul"].append(_milliseconds(product, device))
-        samples["step"].append(_milliseconds(lambda batch=data[turn % len(data)]: step(batch), device))
+        samples["step"].append(_milliseconds(partial(step, batch), device))
         samples["matmul_bf16"].append(_milliseconds(fast, device))
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": _name(device)}
     return {**samples, **facts, "peak_mb": round(peak_mb), "median": statistics.median(samples["step"])}

@@ -108,10 +108,8 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
     for start, block in _row_blocks(x, w_enc, b_enc):
         if start == 0:
             cut = _guess_cut(block, share)
-        if bool(cut > -torch.inf):
-            found = positions_above(block, cut)
-        else:
-            found = torch.arange(block.numel(), device=x.device)
+        is_cut = bool(cut > -torch.inf)
+        found = positions_above(block, cut) if is_cut else torch.arange(block.numel(), device=x.device)
         positions.append(found + start * len(w_enc))
         scores.append(block.flatten()[found])
         if sum(map(len, scores)) > 2 * budget:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # elements of a block: weight, gradient and two moments together fit the cache of one core
-_BLOCK_ELEMENTS = 1 << 15
+_BLOCK_ELEMENTS = 1 << 17
 
 
 @torch.no_grad()
@@ -45,9 +45,7 @@ def _square_of_gradient(parameter: Tensor, *, project: bool) -> Tensor:
     return torch.stack(squares).sum()
 
 
-def _adam(
-    optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: Tensor, *, normalise: bool
-) -> None:
+def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: Tensor, *, normalise: bool) -> None:
     state = optimizer.state[parameter]
     if not state:  # as torch.optim.Adam begins
         state["step"] = torch.zeros((), device=parameter.device)
