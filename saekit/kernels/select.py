@@ -140,25 +140,26 @@ def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor,
     """
     tokens, features = [budgets.new_zeros(0)], [budgets.new_zeros(0)]
     scores = [x.new_zeros(0)]
-    for members in _alike(budgets, most=max(1, BLOCK_ELEMENTS // max(1, len(x)))):
+    by_budget = budgets.argsort(descending=True, stable=True)
+    for members in by_budget.split(max(1, BLOCK_ELEMENTS // max(1, len(x)))):
         block = torch.addmm(b_enc[members, None], w_enc[members], x.T)  # (members, n_tokens)
-        which, rows = largest_of_rows(block, budgets[members])
-        scores.append(block[which, rows])
-        features.append(members[which])
-        tokens.append(rows)
+        for part in _alike(budgets[members]):
+            which, rows = largest_of_rows(block[part], budgets[members[part]])
+            scores.append(block[part][which, rows])
+            features.append(members[part][which])
+            tokens.append(rows)
     return _by_token_then_feature(
         torch.cat(tokens), torch.cat(features), torch.cat(scores), n_tokens=len(x), n_features=len(w_enc)
     )
 
 
-def _alike(budgets: Int[Tensor, " n_features"], *, most: int) -> Iterator[Int[Tensor, " members"]]:
-    """Features with budgets that differ by less than a factor of two, at most `most` at a time."""
-    by_budget = budgets.argsort(descending=True, stable=True)
-    octaves = budgets[by_budget].log2().floor()  # of no budget: -inf, a group of its own
-    for members in by_budget.split(octaves.unique_consecutive(return_counts=True)[1].tolist()):
-        if int(budgets[members[0]]) == 0:
-            return
-        yield from members.split(most)
+def _alike(falling: Int[Tensor, " members"]) -> Iterator[slice]:
+    """Where budgets differ by less than a factor of two; those of nothing are left out."""
+    octaves = falling[falling > 0].log2().floor()
+    end = 0
+    for length in octaves.unique_consecutive(return_counts=True)[1].tolist():
+        end += length
+        yield slice(end - length, end)
 
 
 def _by_token_then_feature(
