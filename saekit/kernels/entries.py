@@ -15,11 +15,11 @@ from torch.nn.functional import embedding_bag
 
 from saekit.errors import ShapeError
 from saekit.kernels import memory
+from saekit.kernels.dots import dots
 from saekit.kernels.largest import stable_order
 from saekit.kernels.reference import row_of_entry
 from saekit.kernels.select import Selection
 
-_SUM_MODE = 0  # embedding_bag's code for mode="sum"
 # features of a gradient that are summed at a time, to be copied from the cache
 _BLOCK_ROWS = 512
 
@@ -66,19 +66,6 @@ def _weighted_rows(rows: Tensor, weights: Tensor, starts: Tensor, table: Tensor)
     if len(rows) == 0:  # embedding_bag reads the first entry even when there is none
         return table.new_zeros(len(starts) - 1, table.shape[1])
     return embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=weights)
-
-
-def _dots(left: Tensor, right: Tensor, right_rows: Tensor, row_starts: Tensor) -> Tensor:
-    """`left[t] . right[right_rows[i]]` for every entry `i` of row `t`: embedding_bag's own gradient for its weights.
-
-    Asking autograd for it would repeat the forward sum first, so the operation is called by name.
-    """
-    if len(right_rows) == 0:
-        return left.new_empty(0)
-    tokens = row_of_entry(row_starts, len(right_rows))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, right_rows, row_starts[:-1], tokens, _SUM_MODE
-    )
 
 
 def _columns(features: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +151,7 @@ class _DecodeRows(torch.autograd.Function):
         grad = grad.contiguous()
         grad_values = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_values = _dots(grad, w_dec, features, row_starts)
+            grad_values = dots(grad, w_dec, features, row_starts)
         if ctx.needs_input_grad[3]:
             tokens = row_of_entry(row_starts, len(features))
             grad_w = _weight_gradient(values, tokens, features, grad, w_dec)

@@ -10,7 +10,7 @@ On the CPU, comparing, searching and sorting are numpy's, which does each severa
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # above this a group's maximum says little, and below two there is no group
@@ -30,17 +30,17 @@ def largest_of_rows(
     if most == 0:
         nothing = torch.zeros(0, dtype=torch.int64, device=scores.device)
         return nothing, nothing
-    maxima = _group_maxima(scores, at_least=2 * most)
+    maxima = group_maxima(scores, at_least=2 * most)
     if bool(maxima.isnan().any()):  # a diverged run: nothing compares with NaN, which a sort calls largest
         return _by_sorting(scores, counts)
     flat = positions_at_least(scores, kth_largest(maxima, most)[:, None])
     owner = flat.div(columns, rounding_mode="floor")
     values = scores.flatten()[flat]
-    kept = _kept(values, owner, counts)
+    kept = kept_candidates(values, owner, counts)
     return owner[kept], (flat - owner * columns)[kept]
 
 
-def positions_at_least(scores: Float[Tensor, "rows columns"], cut: Tensor) -> Int[Tensor, " found"]:
+def positions_at_least(scores: Shaped[Tensor, "rows columns"], cut: Tensor) -> Int[Tensor, " found"]:
     """Flat indices, rising, of what is at least `cut`, which is broadcast."""
     if _for_numpy(scores):
         return torch.from_numpy(np.flatnonzero(scores.numpy() >= cut.numpy()))
@@ -54,7 +54,7 @@ def positions_above(scores: Float[Tensor, "rows columns"], cut: Tensor) -> Int[T
     return (scores > cut).flatten().nonzero()[:, 0]
 
 
-def kth_largest(scores: Float[Tensor, "rows columns"], k: int) -> Float[Tensor, " rows"]:
+def kth_largest(scores: Shaped[Tensor, "rows columns"], k: int) -> Shaped[Tensor, " rows"]:
     """The k-th largest of each row, with NaN above all."""
     place = scores.shape[1] - k
     if _for_numpy(scores):
@@ -75,10 +75,10 @@ def stable_order(keys: Int[Tensor, " n"], bound: int) -> Int[Tensor, " n"]:
 
 
 def _for_numpy(scores: Tensor) -> bool:
-    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64)
+    return scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64, torch.int16)
 
 
-def _group_maxima(scores: Tensor, *, at_least: int) -> Float[Tensor, "rows groups"]:
+def group_maxima(scores: Tensor, *, at_least: int) -> Shaped[Tensor, "rows groups"]:
     """The largest of each of `at_least` groups or more; the scores themselves where they are too few.
 
     With twice as many groups as are wanted, few of the wanted share one.
@@ -91,7 +91,7 @@ def _group_maxima(scores: Tensor, *, at_least: int) -> Float[Tensor, "rows group
     return torch.cat([maxima, scores[:, whole:]], 1)
 
 
-def _kept(
+def kept_candidates(
     values: Float[Tensor, " found"], owner: Int[Tensor, " found"], counts: Int[Tensor, " rows"]
 ) -> Bool[Tensor, " found"]:
     """Which candidates are among the `counts` largest of their row; there are at least so many."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, dead
 from saekit.errors import DataError
+from saekit.kernels.screen import bf16_screening
 from saekit.losses import AuxK, AuxZipf, aux_zipf_loss, fvu, only_the_dead, revived_features
 from saekit.normalisation import EqualNorms, Plain
 from saekit.revival import Members
@@ -191,6 +192,11 @@ def train_step(
         pool: the vectors of this and the next steps, which Feature Choice shares its budgets over from now
             on; without one, or when its steps are over, each batch shares its own.
     """
+    with bf16_screening(state.config.bf16_screening):
+        return _train_step(state, vectors, targets, pool)
+
+
+def _train_step(state: TrainState, vectors: Vectors, targets: Targets | None, pool: Pool | None) -> Report:
     config, sae = state.config, state.sae
     _choose_rule(state, vectors, pool)
     if config.resample and config.resample.is_due(state.step, config.steps):
