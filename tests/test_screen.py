@@ -89,6 +89,17 @@ def test_ordinary_rows_are_certified_and_extraordinary_ones_alone_are_computed_w
     assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
 
 
+def test_rows_whose_cut_is_too_close_to_zero_are_computed_whole():
+    x, columns = gaussian()
+    counts = torch.full((300,), 245)  # of 500, so that the weakest kept are around zero
+    with mock.patch.object(screen, "_exactly", wraps=screen._exactly) as exactly:
+        found = largest_of_products(x, columns, counts)
+    (call,) = exactly.call_args_list
+    assert 100 < len(call.args[0]) < 300
+    want = screen._exactly(x, columns, counts)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+
+
 def test_where_all_are_equal_the_first_are_kept_without_screening():
     x, _ = gaussian()
     equal = Columns.of(torch.ones(500, 64), torch.zeros(500))
