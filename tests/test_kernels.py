@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saekit.errors import ShapeError
-from saekit.kernels import entries, largest, reference, select
+from saekit.kernels import backend, entries, largest, reference, select
 from saekit.kernels.backend import choose_backend
 from saekit.kernels.select import Selection
 from saekit.normalisation import EqualNorms, Plain
@@ -220,8 +220,14 @@ def test_the_watcher_above_does_see_a_dense_matrix():
     assert largest.elements >= 2400
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
-def test_the_backend_says_what_runs_on_a_device_and_why(device):
-    backend = choose_backend(device)
-    assert backend.name == "sparse torch"
-    assert device.partition(":")[0] in backend.reason or device == "cpu"
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "mps"])
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_backend_says_what_runs_on_a_device_and_why(device, triton, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    chosen = choose_backend(device)
+    runs_triton = triton and device.startswith("cuda")
+    assert chosen.name == ("triton" if runs_triton else "sparse torch")
+    assert backend.uses_triton(device) == runs_triton
+    if device.startswith("cuda") and not triton:
+        assert "pip install triton" in chosen.reason
+    assert ("screen" in chosen.reason) == (device == "cpu") and ("for mps" in chosen.reason) == (device == "mps")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saekit.kernels import screen, select
+from saekit.kernels import backend, screen, select
 from saekit.kernels.screen import Columns, bf16_screening, is_screening, largest_of_products
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
 from saekit.targets import Site
@@ -24,7 +24,7 @@ RULES = [TopK(3), MutualChoice(3), FeatureChoice(3), FeatureChoice(3, exponent=0
 @pytest.fixture(autouse=True)
 def _on_every_cpu(monkeypatch):
     """Without the instructions it is slow, and still right."""
-    monkeypatch.setattr(screen, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backend, "has_fast_bf16", lambda: True)
 
 
 def whole_numbers(n_tokens: int, n_features: int, seed: int, *, spread: int = 1000) -> tuple[Tensor, Tensor, Tensor]:

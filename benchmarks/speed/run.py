@@ -28,7 +28,7 @@ CPU = ("2048x512x8192x32", "4096x768x24576x32", "2048x256x65536x32")
 GPU = ("8192x4096x131072x64", "32768x768x32768x32", "8192x2304x65536x64")
 QUICK = ("512x128x2048x32",)
 # what the numbers rest on
-TESTS = ("kernels", "selection", "losses", "training", "resume")
+TESTS = ("kernels", "screen", "triton", "selection", "losses", "descent", "training", "resume")
 # beyond this the definition sorts for minutes
 MOST_FOR_REFERENCE = 1 << 25
 COLUMNS = (

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saekit.errors import ShapeError
-from saekit.kernels import memory
+from saekit.kernels import backend, memory
 from saekit.kernels.dots import dots
 from saekit.kernels.largest import stable_order
 from saekit.kernels.reference import row_of_entry
@@ -63,6 +63,10 @@ def decode_rows(
 
 def _weighted_rows(rows: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """`out[b]` = sum of `weights[i] * table[rows[i]]` over the slice of bag `b`."""
+    if backend.uses_triton(table.device):
+        from saekit.kernels import triton_rows
+
+        return triton_rows.weighted_rows(rows, weights, starts, table)
     if len(rows) == 0:  # embedding_bag reads the first entry even when there is none
         return table.new_zeros(len(starts) - 1, table.shape[1])
     return embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=weights)

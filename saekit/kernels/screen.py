@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.kernels import backend
 from saekit.kernels.dots import dots
 from saekit.kernels.largest import group_maxima, kept_candidates, kth_largest, largest_of_rows, positions_at_least
 
@@ -47,15 +48,9 @@ def bf16_screening(asked: bool = True) -> Iterator[None]:
         _asked.reset(token)
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU has instructions for products in bfloat16."""
-    # private in torch, but present since 1.12 and the one question that covers x86 and ARM
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def is_screening(x: Tensor) -> bool:
     """Whether selection from products of `x` is to be screened here and now."""
-    return _asked.get() and x.device.type == "cpu" and x.dtype == torch.float32 and has_fast_bf16()
+    return _asked.get() and x.device.type == "cpu" and x.dtype == torch.float32 and backend.has_fast_bf16()
 
 
 class Columns(NamedTuple):
@@ -112,13 +107,22 @@ def largest_of_products(rows: Float[Tensor, "rows d"], columns: Columns, counts:
     return row[order], torch.cat([mine[1], others[1]])[order], torch.cat([mine[2], others[2]])[order]
 
 
-def products_above(rows: Float[Tensor, "rows d"], columns: Columns, cut: Float[Tensor, ""]) -> Found | None:
-    """All entries of `rows @ columns.T + bias` above `cut`; None where screening cannot certify them."""
+def products_above(
+    rows: Float[Tensor, "rows d"], columns: Columns, cut: Float[Tensor, ""], *, expected: int
+) -> Found | None:
+    """All entries of `rows @ columns.T + bias` above `cut`; None where screening cannot certify them.
+
+    Args:
+        expected: about how many there are; where far more may be, computing everything is as fast.
+    """
     screened, slack = _screen(rows, columns)
     reached = cut.expand(len(rows))
     if not bool((reached > slack).all()) or int(screened.max()) >= _INFINITE:
         return None
-    owner, column, scores = _scored(rows, columns, _may_reach(screened, reached, slack))
+    found = _may_reach(screened, reached, slack)
+    if len(found) > _MOST_CANDIDATES * max(expected, len(rows)):
+        return None
+    owner, column, scores = _scored(rows, columns, found)
     above = scores > cut
     return owner[above], column[above], scores[above]
 

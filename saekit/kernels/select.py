@@ -8,14 +8,15 @@ Selection has no gradient; `entries.encode_entries` attaches it.
 """
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.kernels import backend, screen
 from saekit.kernels.largest import kth_largest, largest_of_rows, positions_above, stable_order
-from saekit.kernels.screen import Columns, is_screening, largest_of_products, products_above
 
 # elements of one block of pre-activations: 28 MB in float32, which stays in the cache of a large CPU, and is
 # under the 32 MB from which on glibc asks the system for fresh pages each time
@@ -49,9 +50,9 @@ def _starts(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " starts"]:
 def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: bool = False) -> Selection:
     """The k largest pre-activations of each token; `by_size` the largest whatever their sign."""
     k = min(k, len(w_enc))
-    if is_screening(x) and not by_size:
-        found = _screened_largest(x, w_enc, b_enc, torch.full((len(x),), k))
-        return Selection(found[2], found[1], torch.arange(len(x) + 1) * k)
+    if (by := _epilogue(x)) and not by_size:
+        found = _largest_by(by, x, w_enc, b_enc, torch.full((len(x),), k, device=x.device))
+        return _same_number_per_row([found[2]], [found[1]], k, len(x))
     all_scores, all_features = [], []
     for _, block in _row_blocks(x, w_enc, b_enc):
         counts = torch.full((len(block),), k, device=x.device)
@@ -61,13 +62,22 @@ def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: boo
     return _same_number_per_row(all_scores, all_features, k, len(x))
 
 
-def _screened_largest(rows: Tensor, columns: Tensor, bias: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+def _epilogue(x: Tensor) -> ModuleType | None:
+    """What finds entries of a product without writing it in float32: a module with two functions; None for blocks."""
+    if backend.uses_triton(x.device):
+        from saekit.kernels import triton_encode
+
+        return triton_encode
+    return screen if screen.is_screening(x) else None
+
+
+def _largest_by(by: ModuleType, rows: Tensor, columns: Tensor, bias: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
     """Row, column and score of the `counts` largest of each row of `rows @ columns.T + bias`, block by block."""
-    prepared = Columns.of(columns, bias)
+    prepared = by.Columns.of(columns, bias)
     size = max(1, BLOCK_ELEMENTS // max(1, len(columns)))
     parts = []
     for start in range(0, max(1, len(rows)), size):
-        owner, *rest = largest_of_products(rows[start : start + size], prepared, counts[start : start + size])
+        owner, *rest = by.largest_of_products(rows[start : start + size], prepared, counts[start : start + size])
         parts.append((owner + start, *rest))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
@@ -118,10 +128,10 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
     Where there are more than twice the budget, the rest is dropped and the cut raised before the next
     block: a later entry equal to the weakest kept one would lose to it, having the higher index.
     """
-    if is_screening(x) and share < 1:
-        screened = _screened_candidates(x, w_enc, b_enc, share)
-        if screened:
-            return screened
+    if (by := _epilogue(x)) and share < 1:
+        found = _candidates_by(by, x, w_enc, b_enc, share)
+        if found:
+            return found
     cut = x.new_tensor(-torch.inf)
     positions, scores = [], []
     for start, block in _row_blocks(x, w_enc, b_enc):
@@ -139,14 +149,17 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
     return torch.cat(positions), torch.cat(scores)
 
 
-def _screened_candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, share: float) -> tuple[Tensor, Tensor] | None:
+def _candidates_by(
+    by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, share: float
+) -> tuple[Tensor, Tensor] | None:
     sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)], w_enc, b_enc)
     cut = _guess_cut(sample, share)
-    prepared = Columns.of(w_enc, b_enc)
+    prepared = by.Columns.of(w_enc, b_enc)
     size = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
     positions, scores = [], []
     for start in range(0, len(x), size):
-        found = products_above(x[start : start + size], prepared, cut)
+        part = x[start : start + size]
+        found = by.products_above(part, prepared, cut, expected=int(share * len(part) * len(w_enc)) + 1)
         if found is None:
             return None
         positions.append((found[0] + start) * len(w_enc) + found[1])
@@ -175,8 +188,8 @@ def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor,
     tokens, features = [budgets.new_zeros(0)], [budgets.new_zeros(0)]
     scores = [x.new_zeros(0)]
     by_budget = budgets.argsort(descending=True, stable=True)
-    if is_screening(x):
-        return _screened_columns(x, w_enc, b_enc, budgets, by_budget)
+    if by := _epilogue(x):
+        return _columns_by(by, x, w_enc, b_enc, budgets, by_budget)
     for members in by_budget.split(max(1, BLOCK_ELEMENTS // max(1, len(x)))):
         block = torch.addmm(b_enc[members, None], w_enc[members], x.T)  # (members, n_tokens)
         for part in _alike(budgets[members]):
@@ -189,12 +202,14 @@ def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor,
     )
 
 
-def _screened_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Tensor, by_budget: Tensor) -> Selection:
+def _columns_by(
+    by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Tensor, by_budget: Tensor
+) -> Selection:
     none = x.new_zeros(len(x))
     parts = []
     for part in _alike(budgets[by_budget]):
         members = by_budget[part]
-        which, rows, scores = _screened_largest(w_enc[members], x, none, budgets[members])
+        which, rows, scores = _largest_by(by, w_enc[members], x, none, budgets[members])
         features = members[which]
         parts.append((rows, features, scores + b_enc[features]))
     return _by_token_then_feature(

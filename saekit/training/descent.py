@@ -55,7 +55,7 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, fact
     for weight, grad, mean, square in _blocks(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
         grad.mul_(factor)
         # what torch.optim.Adam(fused=True) calls, which takes whole parameters only
-        torch._fused_adam_(
+        torch.ops.aten._fused_adam_(
             [weight],
             [grad],
             [mean],
