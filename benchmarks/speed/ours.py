@@ -27,16 +27,16 @@ LAST_STEP = 1_000
 
 
 def contenders() -> list[str]:
-    return ["reference_topk", *RULES, *(f"{rule}+aux" for rule in RULES)]
+    return ["reference_topk", *(f"{rule}{extra}" for extra in ("", "+aux", "+screen", "+aux+screen") for rule in RULES)]
 
 
 def build(name: str, size: Size, sample: Tensor) -> Step:
     """A function that takes one training step on a batch."""
     if name == "reference_topk":
         return _reference(size, sample)
-    rule, _, auxiliary = name.partition("+")
-    state = start(RULES[rule](size.k), size, sample, auxiliary=bool(auxiliary))
-    if not auxiliary:
+    rule, *extras = name.split("+")
+    state = start(RULES[rule](size.k), size, sample, auxiliary="aux" in extras, screens="screen" in extras)
+    if "aux" not in extras:
         return lambda batch: void(train_step(state, batch))
     dead = dead_features(size).to(sample.device)
     on_the_line = _zipf_densities(size, sample.device)
@@ -51,7 +51,7 @@ def build(name: str, size: Size, sample: Tensor) -> Step:
     return step
 
 
-def start(rule: SelectionRule, size: Size, sample: Tensor, *, auxiliary: bool) -> TrainState:
+def start(rule: SelectionRule, size: Size, sample: Tensor, *, auxiliary: bool, screens: bool = False) -> TrainState:
     config = TrainConfig(
         site=Site("benchmark"),
         rule=rule,
@@ -59,6 +59,7 @@ def start(rule: SelectionRule, size: Size, sample: Tensor, *, auxiliary: bool) -
         tokens=size.n_tokens * LAST_STEP,
         batch_tokens=size.n_tokens,
         auxiliary=AuxZipf() if auxiliary else None,
+        bf16_screening=screens,
     )
     return TrainState.start(config, sample)
 
