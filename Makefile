@@ -7,7 +7,7 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check interop bench bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check interop bench bench-speed bench-peers bench-allocation clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
@@ -16,6 +16,8 @@ help:
 	@echo 'make check        format, lint and types'
 	@echo 'make interop      SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
 	@echo 'make bench        the bundled model beside a trigram and lzma'
+	@echo 'make bench-speed  a training step in encoder products, by rule; QUICK=1 for a look; THREADS, OUT as you like'
+	@echo 'make bench-peers  the same beside SAELens, sparsify and dictionary_learning'
 	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
 	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean        remove the environments and everything that was built'
@@ -61,6 +63,7 @@ PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionar
 $(INTEROP)/.ready: constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install $$(grep '^torch==' constraints.txt) $(PEERS)
+	$(INTEROP)/bin/python -m pip uninstall -y -q torchvision # one for another build of torch, which nothing here needs
 	@touch $@
 
 interop: $(READY) $(INTEROP)/.ready
@@ -71,6 +74,14 @@ interop: $(READY) $(INTEROP)/.ready
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
+
+SPEED = $(BIN)/python -m benchmarks.speed.run $(if $(QUICK),--quick) $(if $(THREADS),--threads $(THREADS)) $(if $(OUT),--out $(OUT))
+
+bench-speed: $(READY)
+	$(SPEED)
+
+bench-peers: $(READY) $(INTEROP)/.ready
+	$(SPEED) --peers $(INTEROP)/bin/python
 
 bench-allocation: $(READY)
 	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)

@@ -59,10 +59,8 @@ def list_devices() -> list[dict[str, Any]]:
     """Each device that torch can use, with the kernels that run there and the reason."""
     import torch
 
-    from saekit.kernels.backend import choose_backend
+    from saekit.kernels.backend import choose_backend, has_fast_bf16
 
-    # private in torch, but present since 1.12 and the one question that covers x86 and ARM
-    cpu_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
@@ -70,7 +68,7 @@ def list_devices() -> list[dict[str, Any]]:
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "bf16": cpu_bf16,
+            "bf16": has_fast_bf16(),
         }
     ]
     if torch.cuda.is_available():

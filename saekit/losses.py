@@ -16,8 +16,7 @@ from torch import Tensor
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, dead, expected_density, underused, zipf_fit
 from saekit.errors import SaekitError
-from saekit.kernels.entries import decode_rows, encode_entries
-from saekit.kernels.select import Selection, top_of_columns, top_of_rows
+from saekit.revival import Members, Unexplained, explain_by_feature, explain_by_token
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice
 
@@ -111,8 +110,14 @@ def aux_k_loss(
         squared error over the squared distance of the error from its mean (1 = no better than the
         mean), times the share of `k_aux` that is dead; zero if no feature is dead, or no error left.
     """
-    only_dead = AuxZipf(k_aux=options.k_aux, dead_after=options.dead_after, below=0.0, most_members=1.0)
-    return aux_zipf_loss(sae, x, codes, density=density, options=only_dead, residual=residual)
+    return aux_zipf_loss(sae, x, codes, density=density, options=only_the_dead(options), residual=residual)
+
+
+def only_the_dead(options: AuxK) -> AuxZipf:
+    """The options under which `aux_zipf_loss` is `aux_k_loss`."""
+    return AuxZipf(
+        weight=options.weight, k_aux=options.k_aux, dead_after=options.dead_after, below=0.0, most_members=1.0
+    )
 
 
 def aux_zipf_loss(
@@ -123,6 +128,7 @@ def aux_zipf_loss(
     density: RunningDensity,
     options: AuxZipf,
     residual: Float[Tensor, "n_tokens d_out"] | None = None,
+    members: Members | None = None,
 ) -> Float[Tensor, ""]:
     """`aux_k_loss` with under-used features beside the dead ones; see `AuxZipf` for who they are.
 
@@ -130,27 +136,30 @@ def aux_zipf_loss(
 
     Args:
         residual: what `codes` left over, if it is known already or the target is not `x`.
+        members: who takes part, if that is known already.
     """
-    expected = curve_density(density.density, options.curve)
-    members = revivable(density, expected, options)
-    chosen_from = members.nonzero(as_tuple=True)[0]
-    if len(chosen_from) == 0:
+    if members is None:
+        members = Members.of(sae, revived_features(density, options))
+    if len(members.features) == 0:
         return x.new_zeros(())
     k_aux = options.k_aux or max(1, sae.d_model // 2)
-    prepared, scale = sae.prepare(x.detach())
-    encoder, bias = sae.encoder.detach()[chosen_from], sae.b_enc.detach()[chosen_from]
+    with torch.no_grad():
+        prepared, scale = sae.prepare(x)
+        residual = x - sae.decode(codes, x) if residual is None else residual
+    what = Unexplained(prepared, scale, residual.detach(), codes)
     if options.claim == "token":
-        picked = top_of_rows(prepared, encoder, bias, min(k_aux, len(chosen_from)))
+        unexplained = explain_by_token(members, what, k_aux)
     else:
-        behind = (options.below * expected - density.density)[chosen_from]
+        expected = curve_density(density.density, options.curve)
+        behind = (options.below * expected - density.density)[members.features]
         claims = (behind * len(x)).ceil().clamp(1, len(x)).to(torch.int64)
-        picked = top_of_columns(prepared, encoder, bias, claims)
-    picked = picked._replace(features=chosen_from[picked.features])
-    if residual is None:
-        with torch.no_grad():
-            residual = x - sae.decode(codes, x)
-    unexplained = explain_residual(sae, prepared.detach(), scale, residual.detach(), codes, picked)
-    return unexplained * min(1.0, len(chosen_from) / k_aux) if options.shrink else unexplained
+        unexplained = explain_by_feature(members, what, claims)
+    return unexplained * min(1.0, len(members.features) / k_aux) if options.shrink else unexplained
+
+
+def revived_features(density: RunningDensity, options: AuxZipf) -> Int[Tensor, " members"]:
+    """Who takes part in `aux_zipf_loss`, by index."""
+    return revivable(density, curve_density(density.density, options.curve), options).nonzero()[:, 0]
 
 
 def curve_density(
@@ -183,47 +192,3 @@ def revivable(
         return members
     urgency = torch.where(is_dead, -1.0, current / expected.clamp(min=1e-30)).masked_fill(~members, torch.inf)
     return torch.zeros_like(members).index_fill_(0, urgency.argsort(stable=True)[:most], True)
-
-
-def explain_residual(
-    sae: SAE,
-    prepared: Float[Tensor, "n_tokens d_model"],
-    scale: Float[Tensor, "n_tokens 1"] | None,
-    residual: Float[Tensor, "n_tokens d_out"],
-    codes: SparseCodes,
-    picked: Selection,
-) -> Float[Tensor, ""]:
-    """Squared error of the `picked` entries' attempt at the residual, over its squared distance from its mean.
-
-    The residual is a constant; gradients reach the encoder and decoder rows of the picked features, and
-    nothing else. An entry that the codes already hold is not used there again; its place stays empty.
-    """
-    picked = _without_kept(picked, codes)
-    values = encode_entries(prepared, sae.encoder, sae.b_enc, picked)
-    if scale is not None:
-        values = values * scale.detach().flatten().repeat_interleave(picked.row_starts.diff())
-    explained = decode_rows(values, picked.features, picked.row_starts, sae.decoder)
-    error = (residual - explained).square().sum()
-    spread = (residual - residual.mean(0)).square().sum()
-    # nan_to_num would hide a division by zero from the loss, but not from the gradient
-    explainable = spread > 0
-    return torch.where(explainable, error / spread.masked_fill(~explainable, 1.0), 0.0)
-
-
-def _without_kept(picked: Selection, codes: SparseCodes) -> Selection:
-    """The same selection with scores set negative where the codes already hold the entry."""
-    if len(codes.features) == 0:
-        return picked
-    kept = _flat_index(codes.row_starts, codes.features, codes.n_features)
-    mine = _flat_index(picked.row_starts, picked.features, codes.n_features)
-    # codes stand in the order (token, feature), so their flat indices are sorted
-    place = torch.searchsorted(kept, mine).clamp(max=len(kept) - 1)
-    taken = (kept[place] == mine) & (codes.values[place] != 0)
-    return picked._replace(scores=picked.scores.masked_fill(taken, -1.0))
-
-
-def _flat_index(
-    row_starts: Int[Tensor, " rows"], features: Int[Tensor, " nnz"], n_features: int
-) -> Int[Tensor, " nnz"]:
-    rows = torch.arange(len(row_starts) - 1, device=features.device)
-    return rows.repeat_interleave(row_starts.diff(), output_size=len(features)) * n_features + features

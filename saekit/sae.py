@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from saekit import checkpoint, pretrained, sae_config
 from saekit.codes import SparseCodes
 from saekit.errors import ShapeError
-from saekit.kernels.entries import decode_rows
-from saekit.normalisation import EqualNorms
+from saekit.kernels.entries import decode_rows, shifted_bias
+from saekit.normalisation import EqualNorms, Plain
 from saekit.sae_config import SAEConfig
 from saekit.selection import SelectionRule, Threshold
 
@@ -132,6 +132,10 @@ class SAE(nn.Module):
                 f"pass activations of its Site{f' ({self.cfg.hook_name})' if self.cfg.hook_name else ''} "
                 "as (n_tokens, d_model)"
             )
+        if isinstance(self.cfg.normalisation, Plain) and self.cfg.apply_b_dec_to_input and not x.requires_grad:
+            # the same as below, for less in the backward pass
+            bias = shifted_bias(self.b_enc, self.b_dec, self.encoder)
+            return self.rule.encode(x - self.b_dec.detach(), self.encoder, bias)
         prepared, scale = self.prepare(x)
         codes = self.rule.encode(prepared, self.encoder, self.b_enc)
         if scale is None:

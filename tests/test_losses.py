@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saekit import revival
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, ZipfFit, expected_density, zipf_fit
 from saekit.errors import SaekitError
@@ -18,6 +19,7 @@ from saekit.losses import (
     curve_density,
     fvu,
     normalised_mse,
+    only_the_dead,
     revivable,
     summed_mse,
 )
@@ -112,10 +114,13 @@ def test_gradients_of_reconstruction_losses(loss):
     assert torch.autograd.gradcheck(loss, (x, (inputs() * 0.5 + 0.1).detach().requires_grad_()))
 
 
+@pytest.mark.parametrize("dense_from", [0.0, 2.0], ids=["dense blocks", "entries"])
 @pytest.mark.parametrize("equal_norms", [False, True], ids=["own norms", "equal norms"])
 @pytest.mark.parametrize("k_aux", [1, 3, 4, 10])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, equal_norms):
+def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, equal_norms, dense_from, monkeypatch):
+    monkeypatch.setattr(revival, "_DENSE_FROM", dense_from)
+    monkeypatch.setattr(revival, "_BLOCK_ELEMENTS", 12)  # three tokens at a time, then two
     sae, x = random_sae(rule, equal_norms=equal_norms), inputs()
     codes = sae.encode(x)
     got = explained(sae, x, codes, k_aux=k_aux)
@@ -216,12 +221,41 @@ def test_measuring_an_auxiliary_loss_changes_nothing(loss, options):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_auxiliary_loss_works_in_blocks(monkeypatch):
+@pytest.mark.parametrize("dense_from", [0.0, 2.0], ids=["dense blocks", "entries"])
+def test_the_auxiliary_loss_works_in_blocks(dense_from, monkeypatch):
+    monkeypatch.setattr(revival, "_DENSE_FROM", dense_from)
     sae, x = random_sae(TopK(3), equal_norms=True), inputs(50)
     codes = sae.encode(x)
     whole = explained(sae, x, codes, k_aux=2)
     monkeypatch.setattr(select, "BLOCK_ELEMENTS", 8)
+    monkeypatch.setattr(revival, "_BLOCK_ELEMENTS", 8)
     torch.testing.assert_close(explained(sae, x, codes, k_aux=2), whole)
+
+
+@pytest.mark.parametrize("dense_from", [0.0, 2.0], ids=["dense blocks", "entries"])
+def test_of_members_that_are_equally_strong_the_first_are_taken(dense_from, monkeypatch):
+    monkeypatch.setattr(revival, "_DENSE_FROM", dense_from)
+    sae, x = random_sae(), inputs()
+    with torch.no_grad():
+        sae.encoder[MEMBERS], sae.b_enc[MEMBERS] = 0.0, 1.0
+    codes = sae.encode(x).with_values(torch.zeros(3 * len(x), dtype=torch.float64))
+    found = gradients(explained(sae, x, codes, k_aux=2), sae)["decoder"]
+    assert found is not None and found.abs().sum(1).nonzero()[:, 0].tolist() == MEMBERS[:2].tolist()
+
+
+def test_gradients_of_gathered_rows_are_handed_over_to_the_weights():
+    sae, x = random_sae(), inputs()
+    codes = sae.encode(x)
+    options = AuxK(k_aux=2, dead_after=999)
+    want = gradients(aux_k_loss(sae, x, codes, density=DEAD, options=options), sae)
+    members = revival.Members.of(sae, MEMBERS, apart=True)
+    aux_zipf_loss(sae, x, codes, density=DEAD, options=only_the_dead(options), members=members).backward()
+    assert all(weight.grad is None for weight in sae.parameters())
+    sae.b_enc.grad = torch.ones(N_FEATURES, dtype=torch.float64)
+    members.hand_over(sae)
+    torch.testing.assert_close(sae.encoder.grad, want["encoder"])
+    torch.testing.assert_close(sae.decoder.grad, want["decoder"])
+    torch.testing.assert_close(sae.b_enc.grad, want["b_enc"] + 1)
 
 
 def zipf_densities(n_features: int = 400) -> Tensor:

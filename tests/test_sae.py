@@ -297,3 +297,21 @@ def test_a_cfg_of_other_sizes_is_refused():
 
 def test_printing_an_sae_says_what_it_is():
     assert "d_model=5, n_features=9, rule=TopK(k=3), site=layers.2:out" in repr(random_sae(TopK(3)))
+
+
+@pytest.mark.parametrize("rule", [TopK(3), MutualChoice(3)], ids=repr)
+def test_the_bias_that_is_subtracted_has_one_gradient_whichever_way_it_is_found(rule):
+    sae = SAE(6, 20, rule)
+    with torch.no_grad():
+        sae.b_dec.copy_(torch.linspace(-1, 1, 6))
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+
+    def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+        sae.zero_grad()
+        sae.encode(x).values.square().sum().backward()
+        return [sae.b_dec.grad, sae.b_enc.grad, sae.encoder.grad]
+
+    short, long = gradients(x), gradients(x.clone().requires_grad_())
+    assert short[0].abs().max() > 1
+    for ours, theirs in zip(short, long, strict=True):
+        torch.testing.assert_close(ours, theirs)

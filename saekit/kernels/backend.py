@@ -1,5 +1,6 @@
 """Which implementation runs on a device, decided in one place so that `saekit doctor` can say it."""
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,28 @@ class Backend:
     reason: str
 
 
+def uses_triton(device: torch.device | str) -> bool:
+    """Whether Triton's kernels run on this device."""
+    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16."""
+    # private in torch, but present since 1.12 and the one question that covers x86 and ARM
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def choose_backend(device: torch.device | str) -> Backend:
     """What encodes and decodes tensors on this device."""
     kind = torch.device(device).type
+    if uses_triton(device):
+        return Backend("triton", "entries are appended in the product's epilogue and summed without atomics")
     if kind == "cpu":
+        screening = "can screen in bfloat16 when asked to" if has_fast_bf16() else "has no fast bfloat16 to screen in"
         return Backend(
-            "sparse torch", "entries are gathered and summed by embedding_bag, sorted by a 16-bit radix sort"
+            "sparse torch",
+            "entries are selected by a cut that group maxima prove, gathered and summed by embedding_bag; "
+            f"this CPU {screening}",
         )
-    return Backend(
-        "sparse torch", f"no kernels written for {kind} in this version; the same torch operations run there"
-    )
+    why = "triton is not installed; pip install triton" if kind == "cuda" else f"no kernels written for {kind}"
+    return Backend("sparse torch", f"{why}; the same torch operations run there")

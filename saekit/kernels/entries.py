@@ -7,7 +7,6 @@ products, forwards over rows of the codes and backwards over their columns. Equa
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,10 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saekit.errors import ShapeError
+from saekit.kernels import backend, memory
+from saekit.kernels.dots import dots
+from saekit.kernels.largest import stable_order
 from saekit.kernels.reference import row_of_entry
 from saekit.kernels.select import Selection
 
-_SUM_MODE = 0  # embedding_bag's code for mode="sum"
+# features of a gradient that are summed at a time, to be copied from the cache
+_BLOCK_ROWS = 512
 
 
 def encode_entries(
@@ -26,6 +29,17 @@ def encode_entries(
 ) -> Float[Tensor, " nnz"]:
     """The kept pre-activations, or their ReLU, differentiable in `x`, `w_enc` and `b_enc`."""
     return _EncodeEntries.apply(x, w_enc, b_enc, *selection, relu)
+
+
+def shifted_bias(
+    b_enc: Float[Tensor, " n_features"], centre: Float[Tensor, " d_model"], w_enc: Tensor
+) -> Float[Tensor, " n_features"]:
+    """`b_enc` as it is, with the gradient that `centre` has where `x - centre` is what the encoder reads.
+
+    `w_enc @ (x - centre) + b_enc` sees `centre` as it sees `-w_enc @ centre` in the bias. That takes one product
+    of the bias' gradient with the weights, where the gradient of every `x` would take a row per entry.
+    """
+    return _Shifted.apply(b_enc, centre, w_enc)
 
 
 def decode_rows(
@@ -49,41 +63,49 @@ def decode_rows(
 
 def _weighted_rows(rows: Tensor, weights: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """`out[b]` = sum of `weights[i] * table[rows[i]]` over the slice of bag `b`."""
+    if backend.uses_triton(table.device):
+        from saekit.kernels import triton_rows
+
+        return triton_rows.weighted_rows(rows, weights, starts, table)
     if len(rows) == 0:  # embedding_bag reads the first entry even when there is none
         return table.new_zeros(len(starts) - 1, table.shape[1])
     return embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=weights)
 
 
-def _dots(left: Tensor, right: Tensor, right_rows: Tensor, row_starts: Tensor) -> Tensor:
-    """`left[t] . right[right_rows[i]]` for every entry `i` of row `t`: embedding_bag's own gradient for its weights.
-
-    Asking autograd for it would repeat the forward sum first, so the operation is called by name.
-    """
-    if len(right_rows) == 0:
-        return left.new_empty(0)
-    tokens = row_of_entry(row_starts, len(right_rows))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, right_rows, row_starts[:-1], tokens, _SUM_MODE
-    )
-
-
 def _columns(features: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     """Order of the entries by feature, and where each feature's entries begin."""
-    if features.device.type == "cpu":
-        # numpy sorts 16-bit keys by radix, some hundred times faster than torch sorts int64
-        keys = features.numpy().astype(np.uint16 if n_features <= 1 << 16 else np.uint32)
-        order = torch.from_numpy(np.argsort(keys, kind="stable"))
-    else:
-        order = features.argsort(stable=True)
     starts = torch.zeros(n_features + 1, dtype=torch.int64, device=features.device)
     torch.cumsum(torch.bincount(features, minlength=n_features), 0, out=starts[1:])
-    return order, starts
+    return stable_order(features, n_features), starts
 
 
-def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, n_features: int) -> Tensor:
-    """`out[f]` = sum of `grad[i] * x[tokens[i]]` over the entries of feature `f`."""
-    order, starts = _columns(features, n_features)
-    return _weighted_rows(tokens[order], grad[order], starts, x)
+def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`out[f]` = sum of `grad[i] * x[tokens[i]]` over the entries of feature `f`, a row of `weight`."""
+    order, starts = _columns(features, len(weight))
+    tokens, grad = tokens[order], grad[order]
+    if not memory.is_large(weight) or x.dtype != weight.dtype:
+        return _weighted_rows(tokens, grad, starts, x)
+    out = memory.gradient_of(weight)
+    bounds = starts[::_BLOCK_ROWS].tolist()
+    for block, (first, end) in enumerate(zip(bounds, [*bounds[1:], len(tokens)], strict=True)):
+        rows = slice(block * _BLOCK_ROWS, (block + 1) * _BLOCK_ROWS)
+        inside = starts[rows.start : rows.stop + 1] - first
+        if len(inside) > 1:
+            out[rows] = _weighted_rows(tokens[first:end], grad[first:end], inside, x)
+    return out
+
+
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, b_enc: Tensor, centre: Tensor, w_enc: Tensor):
+        ctx.save_for_backward(w_enc)
+        return b_enc.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        (w_enc,) = ctx.saved_tensors
+        return grad, -(grad @ w_enc) if ctx.needs_input_grad[1] else None, None
 
 
 class _EncodeEntries(torch.autograd.Function):
@@ -114,7 +136,7 @@ class _EncodeEntries(torch.autograd.Function):
             grad_x = _weighted_rows(features, grad, row_starts, w_enc)
         if need_w:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), len(w_enc))
+            grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), w_enc)
         if need_b:
             grad_b = grad.new_zeros(len(w_enc)).index_add_(0, features, grad)
         return grad_x, grad_w, grad_b, None, None, None, None
@@ -133,8 +155,8 @@ class _DecodeRows(torch.autograd.Function):
         grad = grad.contiguous()
         grad_values = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_values = _dots(grad, w_dec, features, row_starts)
+            grad_values = dots(grad, w_dec, features, row_starts)
         if ctx.needs_input_grad[3]:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(values, tokens, features, grad, len(w_dec))
+            grad_w = _weight_gradient(values, tokens, features, grad, w_dec)
         return grad_values, None, None, grad_w

@@ -7,15 +7,20 @@ index `token * n_features + feature`, exactly as a stable sort of the whole matr
 Selection has no gradient; `entries.encode_entries` attaches it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# elements of one block of pre-activations: 64 MB in float32, small beside any model
-BLOCK_ELEMENTS = 1 << 24
+from saekit.kernels import backend, screen
+from saekit.kernels.largest import kth_largest, largest_of_rows, positions_above, stable_order
+
+# elements of one block of pre-activations: 28 MB in float32, which stays in the cache of a large CPU, and is
+# under the 32 MB from which on glibc asks the system for fresh pages each time
+BLOCK_ELEMENTS = 7 << 20
 
 
 class Selection(NamedTuple):
@@ -27,47 +32,54 @@ class Selection(NamedTuple):
 
 
 def _row_blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
+    """The first token of each block and its pre-activations, which the next block writes over."""
+    rows = max(1, min(len(x), BLOCK_ELEMENTS // max(1, len(w_enc))))
+    buffer = x.new_empty(rows, len(w_enc))
     for start in range(0, max(1, len(x)), rows):  # one empty block for an empty batch
-        yield start, torch.nn.functional.linear(x[start : start + rows], w_enc, b_enc)
+        part = x[start : start + rows]
+        yield start, torch.addmm(b_enc, part, w_enc.T, out=buffer[: len(part)])
 
 
-def top_of_last_dim(scores: Float[Tensor, "rows columns"], k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, values and indices; among equals the lower index.
-
-    `torch.topk` leaves open which of several equal values it takes, so rows where the cut falls
-    between equals are done again by a stable sort.
-    """
-    if k >= scores.shape[1]:
-        indices = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        return scores, indices
-    values, indices = scores.topk(k + 1, dim=1)
-    undecided = values[:, k - 1] == values[:, k] if k else torch.zeros(len(scores), dtype=torch.bool)
-    values, indices = values[:, :k], indices[:, :k]
-    if bool(undecided.any()):
-        rows = undecided.nonzero(as_tuple=True)[0]
-        order = scores[rows].sort(dim=1, descending=True, stable=True)
-        values[rows], indices[rows] = order.values[:, :k], order.indices[:, :k]
-    return values, indices
-
-
-def _by_token_then_feature(
-    tokens: Tensor, features: Tensor, scores: Tensor, *, n_tokens: int, n_features: int
-) -> Selection:
-    order = (tokens * n_features + features).argsort()
-    row_starts = torch.zeros(n_tokens + 1, dtype=torch.int64, device=tokens.device)
-    torch.cumsum(torch.bincount(tokens, minlength=n_tokens), 0, out=row_starts[1:])
-    return Selection(scores[order], features[order], row_starts)
+def _starts(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " starts"]:
+    starts = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=starts[1:])
+    return starts
 
 
 @torch.no_grad()
 def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: bool = False) -> Selection:
     """The k largest pre-activations of each token; `by_size` the largest whatever their sign."""
+    k = min(k, len(w_enc))
+    if (by := _epilogue(x)) and not by_size:
+        found = _largest_by(by, x, w_enc, b_enc, torch.full((len(x),), k, device=x.device))
+        return _same_number_per_row([found[2]], [found[1]], k, len(x))
+    all_scores, all_features = [], []
+    for _, block in _row_blocks(x, w_enc, b_enc):
+        counts = torch.full((len(block),), k, device=x.device)
+        tokens, features = largest_of_rows(block.abs() if by_size else block, counts)
+        all_scores.append(block[tokens, features])
+        all_features.append(features)
+    return _same_number_per_row(all_scores, all_features, k, len(x))
 
-    def chosen(block: Tensor) -> Tensor:
-        return top_of_last_dim(block.abs() if by_size else block, k)[1].sort(dim=1).values
 
-    return _same_number_per_row(x, w_enc, b_enc, k, chosen)
+def _epilogue(x: Tensor) -> ModuleType | None:
+    """What finds entries of a product without writing it in float32: a module with two functions; None for blocks."""
+    if backend.uses_triton(x.device):
+        from saekit.kernels import triton_encode
+
+        return triton_encode
+    return screen if screen.is_screening(x) else None
+
+
+def _largest_by(by: ModuleType, rows: Tensor, columns: Tensor, bias: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """Row, column and score of the `counts` largest of each row of `rows @ columns.T + bias`, block by block."""
+    prepared = by.Columns.of(columns, bias)
+    size = max(1, BLOCK_ELEMENTS // max(1, len(columns)))
+    parts = []
+    for start in range(0, max(1, len(rows)), size):
+        owner, *rest = by.largest_of_products(rows[start : start + size], prepared, counts[start : start + size])
+        parts.append((owner + start, *rest))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 @torch.no_grad()
@@ -75,27 +87,20 @@ def top_of_groups(x: Tensor, w_enc: Tensor, b_enc: Tensor, n_groups: int) -> Sel
     """The largest pre-activation of each token in each of `n_groups` equal runs of neighbouring features."""
     size = len(w_enc) // n_groups
     first = torch.arange(0, len(w_enc), size, device=x.device)
-
-    def chosen(block: Tensor) -> Tensor:
+    all_scores, all_features = [], []
+    for _, block in _row_blocks(x, w_enc, b_enc):
         # of equals the first, which argmax does not promise
         groups = block.unflatten(1, (n_groups, size))
         is_largest = groups == groups.amax(2, keepdim=True)
-        return first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
-
-    return _same_number_per_row(x, w_enc, b_enc, n_groups, chosen)
-
-
-def _same_number_per_row(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, chosen: Callable[[Tensor], Tensor]
-) -> Selection:
-    """`chosen` gives the `k` features of each row of a block, rising."""
-    all_scores, all_features = [], []
-    for _, block in _row_blocks(x, w_enc, b_enc):
-        features = chosen(block)
+        features = first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
         all_scores.append(block.gather(1, features).flatten())
         all_features.append(features.flatten())
-    row_starts = torch.arange(0, k * len(x) + 1, k, device=x.device)
-    return Selection(torch.cat(all_scores), torch.cat(all_features), row_starts)
+    return _same_number_per_row(all_scores, all_features, n_groups, len(x))
+
+
+def _same_number_per_row(scores: list[Tensor], features: list[Tensor], k: int, n_tokens: int) -> Selection:
+    row_starts = torch.arange(n_tokens + 1, device=scores[0].device) * k
+    return Selection(torch.cat(scores), torch.cat(features), row_starts)
 
 
 @torch.no_grad()
@@ -113,9 +118,8 @@ def top_of_all(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int) -> Selectio
             break
     kept = _first_largest(scores, budget)
     positions, scores = positions[kept], scores[kept]
-    row_starts = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(torch.bincount(positions // n_features, minlength=len(x)), 0, out=row_starts[1:])
-    return Selection(scores, positions % n_features, row_starts)
+    tokens = positions.div(n_features, rounding_mode="floor")
+    return Selection(scores, positions - tokens * n_features, _starts(tokens, len(x)))
 
 
 def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: float) -> tuple[Tensor, Tensor]:
@@ -124,72 +128,110 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
     Where there are more than twice the budget, the rest is dropped and the cut raised before the next
     block: a later entry equal to the weakest kept one would lose to it, having the higher index.
     """
-    cut = -torch.inf
+    if (by := _epilogue(x)) and share < 1:
+        found = _candidates_by(by, x, w_enc, b_enc, share)
+        if found:
+            return found
+    cut = x.new_tensor(-torch.inf)
     positions, scores = [], []
     for start, block in _row_blocks(x, w_enc, b_enc):
         if start == 0:
             cut = _guess_cut(block, share)
-        block = block.flatten()
-        found = (block > cut).nonzero()[:, 0] if cut > -torch.inf else torch.arange(len(block), device=x.device)
+        is_cut = bool(cut > -torch.inf)
+        found = positions_above(block, cut) if is_cut else torch.arange(block.numel(), device=x.device)
         positions.append(found + start * len(w_enc))
-        scores.append(block[found])
+        scores.append(block.flatten()[found])
         if sum(map(len, scores)) > 2 * budget:
             candidates = torch.cat(scores)
             kept = _first_largest(candidates, budget)
             positions, scores = [torch.cat(positions)[kept]], [candidates[kept]]
-            cut = float(scores[0].min())
+            cut = scores[0].min()
+    return torch.cat(positions), torch.cat(scores)
+
+
+def _candidates_by(
+    by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, share: float
+) -> tuple[Tensor, Tensor] | None:
+    sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)], w_enc, b_enc)
+    cut = _guess_cut(sample, share)
+    prepared = by.Columns.of(w_enc, b_enc)
+    size = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
+    positions, scores = [], []
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        found = by.products_above(part, prepared, cut, expected=int(share * len(part) * len(w_enc)) + 1)
+        if found is None:
+            return None
+        positions.append((found[0] + start) * len(w_enc) + found[1])
+        scores.append(found[2])
     return torch.cat(positions), torch.cat(scores)
 
 
 def _first_largest(scores: Float[Tensor, " candidates"], budget: int) -> Int[Tensor, " budget"]:
     """Places of the `budget` largest, rising; among equals the first."""
-    return top_of_last_dim(scores[None], budget)[1][0].sort().values
+    return largest_of_rows(scores[None], torch.tensor([budget], device=scores.device))[1]
 
 
-def _guess_cut(block: Tensor, share: float) -> float:
+def _guess_cut(block: Tensor, share: float) -> Float[Tensor, ""]:
     """A value that about `share` of the block exceeds, read off a sample of its rows."""
-    if share >= 1:
-        return -torch.inf
     sample = block[:: max(1, len(block) // 64)].flatten()
-    rank = int(share * len(sample))
-    return float(sample.topk(rank + 1).values[-1]) if rank < len(sample) else -torch.inf
+    rank = int(share * len(sample)) if share < 1 else len(sample)
+    return kth_largest(sample[None], rank + 1)[0] if rank < len(sample) else block.new_tensor(-torch.inf)
 
 
 @torch.no_grad()
 def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor, " n_features"]) -> Selection:
     """The `budgets[f]` largest pre-activations of each feature `f`.
 
-    Blocks run over features in the order of their budgets, so that a block's largest budget is close
-    to all of its budgets.
+    Blocks run over features in the order of their budgets, so that the budgets of a block are alike.
     """
+    tokens, features = [budgets.new_zeros(0)], [budgets.new_zeros(0)]
+    scores = [x.new_zeros(0)]
     by_budget = budgets.argsort(descending=True, stable=True)
-    columns_per_block = max(1, BLOCK_ELEMENTS // max(1, len(x)))
-    tokens, features, scores = [], [], []
-    for members in by_budget.split(columns_per_block):
-        block = torch.nn.functional.linear(w_enc[members], x) + b_enc[members, None]  # (members, n_tokens)
-        most = int(budgets[members[0]])
-        if most == 0:
-            break
-        values, rows = top_of_last_dim(block, most)
-        if most < block.shape[1]:  # topk promises no order among equals; budgets below need one
-            values, rows = _ordered(values, rows)
-        else:
-            order = values.sort(dim=1, descending=True, stable=True)
-            values, rows = order.values, rows.gather(1, order.indices)
-        kept = torch.arange(values.shape[1], device=x.device) < budgets[members, None]
-        tokens.append(rows[kept])
-        features.append(members[:, None].expand_as(rows)[kept])
-        scores.append(values[kept])
+    if by := _epilogue(x):
+        return _columns_by(by, x, w_enc, b_enc, budgets, by_budget)
+    for members in by_budget.split(max(1, BLOCK_ELEMENTS // max(1, len(x)))):
+        block = torch.addmm(b_enc[members, None], w_enc[members], x.T)  # (members, n_tokens)
+        for part in _alike(budgets[members]):
+            which, rows = largest_of_rows(block[part], budgets[members[part]])
+            scores.append(block[part][which, rows])
+            features.append(members[part][which])
+            tokens.append(rows)
     return _by_token_then_feature(
         torch.cat(tokens), torch.cat(features), torch.cat(scores), n_tokens=len(x), n_features=len(w_enc)
     )
 
 
-def _ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The same pairs, larger value first, then lower index."""
-    indices, order = indices.sort(dim=1)
-    ranked = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return ranked.values, indices.gather(1, ranked.indices)
+def _columns_by(
+    by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Tensor, by_budget: Tensor
+) -> Selection:
+    none = x.new_zeros(len(x))
+    parts = []
+    for part in _alike(budgets[by_budget]):
+        members = by_budget[part]
+        which, rows, scores = _largest_by(by, w_enc[members], x, none, budgets[members])
+        features = members[which]
+        parts.append((rows, features, scores + b_enc[features]))
+    return _by_token_then_feature(
+        *(torch.cat(part) for part in zip(*parts, strict=True)), n_tokens=len(x), n_features=len(w_enc)
+    )
+
+
+def _alike(falling: Int[Tensor, " members"]) -> Iterator[slice]:
+    """Where budgets differ by less than a factor of two; those of nothing are left out."""
+    octaves = falling[falling > 0].log2().floor()
+    end = 0
+    for length in octaves.unique_consecutive(return_counts=True)[1].tolist():
+        end += length
+        yield slice(end - length, end)
+
+
+def _by_token_then_feature(
+    tokens: Tensor, features: Tensor, scores: Tensor, *, n_tokens: int, n_features: int
+) -> Selection:
+    order = stable_order(features, n_features)
+    order = order[stable_order(tokens[order], n_tokens)]
+    return Selection(scores[order], features[order], _starts(tokens, n_tokens))
 
 
 @torch.no_grad()
@@ -197,11 +239,9 @@ def above(x: Tensor, w_enc: Tensor, b_enc: Tensor, theta: Float[Tensor, " n_feat
     """All pre-activations strictly above their feature's threshold."""
     tokens, features, scores = [], [], []
     for start, block in _row_blocks(x, w_enc, b_enc):
-        rows, columns = (block > theta).nonzero(as_tuple=True)
+        found = positions_above(block, theta)
+        rows = found.div(len(w_enc), rounding_mode="floor")
         tokens.append(rows + start)
-        features.append(columns)
-        scores.append(block[rows, columns])
-    row_starts = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-    all_tokens = torch.cat(tokens)
-    torch.cumsum(torch.bincount(all_tokens, minlength=len(x)), 0, out=row_starts[1:])
-    return Selection(torch.cat(scores), torch.cat(features), row_starts)
+        features.append(found - rows * len(w_enc))
+        scores.append(block.flatten()[found])
+    return Selection(torch.cat(scores), torch.cat(features), _starts(torch.cat(tokens), len(x)))

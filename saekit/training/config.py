@@ -42,6 +42,8 @@ class TrainConfig:
         pre_bias: where `b_dec` starts: the geometric median or the mean of the first activations, or zero.
         equal_norms: scale every centred token to one norm before encoding.
         ranks_every: steps between new ranks for `FeatureChoice`.
+        bf16_screening: find candidates in bfloat16 and select among their exact scores, on CPUs where that is
+            faster (`saekit.kernels.screen`); of entries that are equal up to rounding others may be kept.
     """
 
     site: Site
@@ -64,6 +66,7 @@ class TrainConfig:
     pre_bias: PreBias = "median"
     equal_norms: bool = False
     ranks_every: int = 100
+    bf16_screening: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < self.batch_tokens:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, dead
 from saekit.errors import DataError
-from saekit.losses import AuxK, aux_k_loss, aux_zipf_loss, fvu
+from saekit.kernels.screen import bf16_screening
+from saekit.losses import AuxK, AuxZipf, aux_zipf_loss, fvu, only_the_dead, revived_features
 from saekit.normalisation import EqualNorms, Plain
+from saekit.revival import Members
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
+from saekit.training.descent import descend
 from saekit.training.resample import resample
 from saekit.training.warm_start import check_start, in_training_units
 
@@ -157,6 +160,8 @@ class Report:
         loss: what training minimises.
         fvu: fraction of variance unexplained on this batch.
         auxiliary: the auxiliary loss before weighting.
+        revived: rows of the weights that the auxiliary loss works on, whose gradients are handed over apart;
+            None before it does.
     """
 
     codes: SparseCodes
@@ -164,6 +169,7 @@ class Report:
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxiliary: Float[Tensor, ""]
+    revived: Members | None
 
 
 def measure(state: TrainState, vectors: Vectors, targets: Targets | None = None) -> Report:
@@ -175,13 +181,19 @@ def measure(state: TrainState, vectors: Vectors, targets: Targets | None = None)
     x = state.inputs(vectors)
     y = x if targets is None else targets * state.output_scale
     codes, y_hat, main = state.config.objective.measure(state.sae, state.extra, x, y)
-    auxiliary = _auxiliary(state, x, codes, (y - y_hat).detach())
-    weight = 0.0 if state.config.auxiliary is None else state.config.auxiliary.weight
+    options, members, auxiliary = _aux_options(state.config), None, x.new_zeros(())
+    # until a feature has had the time to fire, nobody is dead or under-used
+    if options and state.step * state.config.batch_tokens > state.config.dead_threshold:
+        members = Members.of(state.sae, revived_features(state.density, options), apart=True)
+        auxiliary = aux_zipf_loss(
+            state.sae, x, codes, density=state.density, options=options, residual=(y - y_hat).detach(), members=members
+        )
+    weight = options.weight if options else 0.0
     # the auxiliary loss is 1 for a useless explanation, the main one d_out for a useless reconstruction
     loss = main + weight * state.sae.d_out * auxiliary
     with torch.no_grad():
         unexplained = fvu(y, y_hat)
-    return Report(codes, state.in_force, loss, unexplained, auxiliary)
+    return Report(codes, state.in_force, loss, unexplained, auxiliary, members)
 
 
 def train_step(
@@ -194,19 +206,25 @@ def train_step(
         pool: the vectors of this and the next steps, which Feature Choice shares its budgets over from now
             on; without one, or when its steps are over, each batch shares its own.
     """
+    with bf16_screening(state.config.bf16_screening):
+        return _train_step(state, vectors, targets, pool)
+
+
+def _train_step(state: TrainState, vectors: Vectors, targets: Targets | None, pool: Pool | None) -> Report:
     config, sae = state.config, state.sae
     _choose_rule(state, vectors, pool)
     if config.resample and config.resample.is_due(state.step, config.steps):
         _resample(state, vectors, targets)
     report = measure(state, vectors, targets)
     report.loss.backward()
-    sae.project_decoder_gradient()
-    nn.utils.clip_grad_norm_(state.trained(), config.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.peak_lr * config.lr_factor(state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    sae.normalise_decoder()
+    if report.revived:
+        report.revived.hand_over(sae)
+    descend(
+        state.optimizer,
+        lr=config.peak_lr * config.lr_factor(state.step),
+        clip=config.clip,
+        unit_rows=sae.decoder,
+    )
     state.density.observe(report.codes)
     state.step += 1
     return report
@@ -251,15 +269,10 @@ def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> N
     state.density.tokens_since_fired[resampled] = 0
 
 
-def _auxiliary(state: TrainState, x: Vectors, codes: SparseCodes, residual: Targets) -> Float[Tensor, ""]:
-    config = state.config
-    # until a feature has had the time to fire, nobody is dead or under-used
-    if config.auxiliary is None or state.step * config.batch_tokens <= config.dead_threshold:
-        return x.new_zeros(())
-    options = replace(config.auxiliary, dead_after=config.dead_threshold)
-    if isinstance(options, AuxK):
-        return aux_k_loss(state.sae, x, codes, density=state.density, options=options, residual=residual)
-    return aux_zipf_loss(state.sae, x, codes, density=state.density, options=options, residual=residual)
+def _aux_options(config: TrainConfig) -> AuxZipf | None:
+    auxiliary = config.auxiliary
+    options = only_the_dead(auxiliary) if isinstance(auxiliary, AuxK) else auxiliary
+    return options and replace(options, dead_after=config.dead_threshold)
 
 
 def _adam(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

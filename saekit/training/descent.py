@@ -1,0 +1,84 @@
+"""The end of a step: project, clip, Adam, unit norms, each block of rows in one visit to memory.
+
+Equal to `project_decoder_gradient`, `clip_grad_norm_`, `torch.optim.Adam(fused=True)` and `normalise_decoder`
+in turn, but for the order in which the norm of the gradient is summed. Those pass over weights, gradients and
+moments a dozen times; on a CPU all of it waits for memory.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# elements of a block: weight, gradient and two moments together fit the cache of one core
+_BLOCK_ELEMENTS = 1 << 17
+
+
+@torch.no_grad()
+def descend(optimizer: torch.optim.Optimizer, *, lr: float, clip: float, unit_rows: Tensor) -> None:
+    """Take one step of Adam down the gradients, and forget them.
+
+    Args:
+        lr: learning rate of this step.
+        clip: largest norm of all gradients together.
+        unit_rows: the parameter whose rows have unit norm and keep it: what of its gradient would only
+            change their norms is removed, and rounding is undone afterwards.
+    """
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+    squares = [_square_of_gradient(parameter, project=parameter is unit_rows) for parameter in trained]
+    norm = torch.stack(squares).sum().sqrt()
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in trained:
+        _adam(optimizer, group, parameter, factor, normalise=parameter is unit_rows)
+    optimizer.zero_grad()
+
+
+def _square_of_gradient(parameter: Tensor, *, project: bool) -> Tensor:
+    assert parameter.grad is not None
+    squares = []
+    for weight, grad in _blocks(parameter, parameter.grad):
+        if project:
+            grad.addcmul_(weight, (grad * weight).sum(1, keepdim=True), value=-1)
+        squares.append(torch.linalg.vector_norm(grad).square())
+    return torch.stack(squares).sum()
+
+
+def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: Tensor, *, normalise: bool) -> None:
+    state = optimizer.state[parameter]
+    if not state:  # as torch.optim.Adam begins
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    state["step"] += 1
+    assert parameter.grad is not None
+    for weight, grad, mean, square in _blocks(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
+        grad.mul_(factor)
+        # what torch.optim.Adam(fused=True) calls, which takes whole parameters only
+        torch.ops.aten._fused_adam_(
+            [weight],
+            [grad],
+            [mean],
+            [square],
+            [],
+            [state["step"]],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        if normalise:
+            weight.copy_(torch.nn.functional.normalize(weight, dim=1))
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each; all at once where there is no cache to mind."""
+    first = tensors[0]
+    if first.ndim < 2 or first.device.type != "cpu":
+        yield tensors
+        return
+    rows = max(1, _BLOCK_ELEMENTS // first[0].numel())
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -1,0 +1,114 @@
+"""The end of a training step must be the four plain operations that it stands for."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saekit.codes import SparseCodes
+from saekit.kernels import entries, memory, reference
+from saekit.sae import SAE
+from saekit.selection import FeatureChoice, MutualChoice, TopK
+from saekit.targets import Site
+from saekit.training import descent
+from saekit.training.config import TrainConfig
+from saekit.training.step import TrainState, train_step
+
+D_MODEL, N_FEATURES, N_TOKENS = 12, 40, 80
+
+
+def adam(parameters) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=9.0, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+@pytest.mark.parametrize("block", [1, 50, 1 << 20])
+def test_it_is_projection_clipping_adam_and_unit_norms_in_turn(block, clip, monkeypatch):
+    monkeypatch.setattr(descent, "_BLOCK_ELEMENTS", block)
+    plain = SAE(D_MODEL, N_FEATURES, TopK(3))
+    mine = deepcopy(plain)
+    optimizers = adam(plain.parameters()), adam(mine.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        for ours, theirs in zip(mine.parameters(), plain.parameters(), strict=True):
+            theirs.grad = torch.randn(theirs.shape, generator=generator)
+            ours.grad = theirs.grad.clone()
+        plain.project_decoder_gradient()
+        nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        optimizers[0].param_groups[0]["lr"] = 0.01 * (step + 1)
+        optimizers[0].step()
+        plain.normalise_decoder()
+        descent.descend(optimizers[1], lr=0.01 * (step + 1), clip=clip, unit_rows=mine.decoder)
+        assert all(parameter.grad is None for parameter in mine.parameters())
+    for ours, theirs in zip(mine.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        kept, wanted = optimizers[1].state[ours], optimizers[0].state[theirs]
+        assert kept.keys() == wanted.keys()
+        for name in wanted:
+            torch.testing.assert_close(kept[name], wanted[name], rtol=1e-5, atol=1e-7)
+
+
+def test_what_has_no_gradient_stays():
+    sae = SAE(D_MODEL, N_FEATURES, TopK(3))
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae.b_enc.grad = torch.ones(N_FEATURES)
+    descent.descend(adam(sae.parameters()), lr=0.1, clip=1.0, unit_rows=sae.decoder)
+    changed = {name for name, tensor in sae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"b_enc"}
+
+
+def test_a_large_gradient_comes_back_in_the_same_memory_and_none_of_what_was_there(monkeypatch):
+    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
+    monkeypatch.setattr(entries, "_BLOCK_ROWS", 7)
+    weight = nn.Parameter(torch.randn(N_FEATURES, D_MODEL, generator=torch.Generator().manual_seed(0)))
+    values, features = torch.ones(5), torch.tensor([0, 7, 39, 7, 8])
+
+    def gradient() -> Tensor:
+        weight.grad = None
+        out = entries.decode_rows(values, features, torch.tensor([0, 3, 5]), weight)
+        out.backward(torch.arange(2 * D_MODEL).reshape(2, D_MODEL).float())
+        assert weight.grad is not None
+        return weight.grad
+
+    want = gradient().clone()
+    address = gradient().data_ptr()
+    gradient().fill_(torch.nan)
+    assert torch.equal(gradient(), want)
+    assert gradient().data_ptr() == address
+    held = gradient()  # by somebody who still reads it
+    other = gradient()
+    assert other.data_ptr() != held.data_ptr()
+    assert torch.equal(held, want) and torch.equal(other, want)
+
+
+class DefinitionSAE(SAE):
+    """Encodes and decodes as the definition says, under plain autograd."""
+
+    def encode(self, x: Tensor) -> SparseCodes:
+        prepared, _ = self.prepare(x)
+        return self.rule(reference.pre_acts(prepared, self.encoder, self.b_enc))
+
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        return reference.decode_rows(codes.values, codes.features, codes.row_starts, self.decoder) + self.b_dec
+
+
+@pytest.mark.parametrize(
+    "rule", [TopK(4), MutualChoice(4), FeatureChoice(4), FeatureChoice(4, exponent=0.7, floor=1)], ids=repr
+)
+def test_200_steps_have_the_loss_curve_of_the_definition(rule):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(64, 16, generator=generator)
+    data = (torch.rand(8, 128, 64, generator=generator) < 0.05).float() @ truth
+    config = TrainConfig(
+        site=Site("toy"), rule=rule, n_features=64, tokens=128 * 400, batch_tokens=128, warmup=0.1, auxiliary=None
+    )
+
+    def curve(kind: type[SAE]) -> Tensor:
+        state = TrainState.start(config, data.flatten(0, 1))
+        state.sae.__class__ = kind
+        return torch.stack([train_step(state, data[step % 8]).loss.detach() for step in range(200)])
+
+    ours, definition = curve(SAE), curve(DefinitionSAE)
+    assert definition[-1] < 0.5 * definition[0]
+    assert ((ours - definition).abs() / definition).max() < 1e-3
