@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from its own floor and from lower ones, never from higher ones
     {"errors"},
     {"codes", "kernels", "targets"},
-    {"budgets", "selection", "normalisation", "activations", "checkpoint", "formats", "pretrained"},
+    {"budgets", "selection", "normalisation", "activations", "checkpoint", "formats", "hub", "index", "pretrained"},
     {"sae_config", "sae", "crosscoder", "loading", "density", "losses"},
     {"patching", "training"},
     {"adaptive", "analysis"},
