@@ -26,7 +26,9 @@ from .demo import Demo
 from .doctor import Doctor
 from .evaluate import Eval
 from .export import Export
+from .index import Index
 from .info import Info
+from .list import List
 from .pretrain import Pretrain
 from .stability import Stability
 from .steer import Steer
@@ -47,8 +49,10 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Eval,
     "stability": Stability,
     "export": Export,
+    "list": List,
     "info": Info,
     "convert": Convert,
+    "index": Index,
     "steer": Steer,
     "pretrain": Pretrain,
     "doctor": Doctor,

@@ -25,7 +25,6 @@ WAITS_S = (1.0, 3.0)
 
 _PLACE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^:@]+))?(?::(?P<path>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,14 +228,19 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
+def sha256_of(path: Path) -> str:
+    """The hash of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify(path: Path, sha256: str, *, source: str) -> None:
     """Compare a file with its hash; a copy in the Hub's cache that differs is removed.
 
     Raises:
         FileError: if it differs.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found == sha256:
         return
     is_copy = path.is_symlink()

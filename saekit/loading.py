@@ -93,7 +93,11 @@ def describe(name: Path | str) -> Description:
         FileError: as `load` does, but for damage to the numbers themselves.
         UnknownNameError: as `load` does.
     """
-    found = pretrained.locate(name)
+    return describe_located(pretrained.locate(name))
+
+
+def describe_located(found: Located) -> Description:
+    """The same of a place that is known already."""
     files = pretrained.open_headers(found)
     largest = max(files.tensors.values(), key=torch.numel)
     kind = "saekit" if _is_native(files) else known.identify(files).name

@@ -82,7 +82,7 @@ def open_headers(found: Located) -> Files:
     """
     if found.place is None:
         return open_files(fetch(found), contents=False)
-    listing, weights = _chosen(found.place)
+    listing, weights = choose(hub.look_up(found.place))
     if listing.folder is not None or Path(weights).suffix not in HEADERS:
         return open_files(fetch(found), contents=False)
     folder = _fetch_configs(listing, weights)
@@ -97,28 +97,28 @@ def _download(place: HubPlace) -> Path:
         kept = hub.recall(place)
         with contextlib.suppress(FileError):
             if kept is not None:
-                return hub.fetch(kept, ()) / _choose(kept)
-    listing, weights = _chosen(place)
+                return hub.fetch(kept, ()) / choose(kept)[1]
+    listing, weights = choose(hub.look_up(place))
     _fetch_configs(listing, weights)
     return hub.fetch(listing, (weights,)) / weights
 
 
-def _chosen(place: HubPlace) -> tuple[Listing, str]:
-    listing = hub.look_up(place)
-    return listing, _choose(listing)
+def choose(listing: Listing) -> tuple[Listing, str]:
+    """The listing, and which of its files holds the weights of the SAE at its place.
 
-
-def _choose(listing: Listing) -> str:
+    Raises:
+        FileError: no SAE there, or more than one.
+    """
     place = listing.place
     if place.path in listing.names:
-        return place.path
+        return listing, place.path
     below = listing.below()
     if not below:
         some = ", ".join(listing.names[:3]) or "nothing"
         kept = " on this machine" if listing.folder is not None else ""
         raise FileError(f"{place.at('')} has no {place.path}{kept}, but {some}, ...; check the path")
     start = f"{place.path}/" if place.path else ""
-    return start + weights_among(below, place=str(place), example=str(place.at(f"{start}{{}}")))
+    return listing, start + weights_among(below, place=str(place), example=str(place.at(f"{start}{{}}")))
 
 
 def _fetch_configs(listing: Listing, weights: str) -> Path:
