@@ -20,6 +20,7 @@ from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
+from .check import Check
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
@@ -33,6 +34,7 @@ from .pretrain import Pretrain
 from .stability import Stability
 from .steer import Steer
 from .train import Train
+from .upload import Upload
 
 
 class Command(Protocol):
@@ -51,7 +53,9 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "list": List,
     "info": Info,
+    "check": Check,
     "convert": Convert,
+    "upload": Upload,
     "index": Index,
     "steer": Steer,
     "pretrain": Pretrain,

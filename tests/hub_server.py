@@ -215,7 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(401, {"error": "Invalid username or password."})
         if repo in self.hub.repositories:
             return self._say(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"})
-        self.hub.repositories[repo] = Repository({}, private=bool(wanted.get("private")))
+        self.hub.repositories[repo] = Repository(
+            {}, private=bool(wanted.get("private")) or wanted.get("visibility") == "private"
+        )
         return self._say(200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": "0"})
 
     def preupload(self, repo: str, revision: str) -> None:

@@ -17,7 +17,7 @@ FLOORS = [  # a module may import from its own floor and from lower ones, never 
     {"errors"},
     {"codes", "kernels", "targets"},
     {"budgets", "selection", "normalisation", "activations", "checkpoint", "formats", "hub", "index", "pretrained"},
-    {"sae_config", "sae", "crosscoder", "loading", "verifying", "density", "losses"},
+    {"sae_config", "sae", "crosscoder", "loading", "publishing", "verifying", "density", "losses"},
     {"patching", "training"},
     {"adaptive", "analysis"},
     {"dashboards"},
