@@ -63,13 +63,15 @@ PEERS := sae-lens==6.54.12 transformer-lens==3.9.0 eai-sparsify==1.3.3 dictionar
 $(INTEROP)/.ready: constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install $$(grep '^torch==' constraints.txt) $(PEERS)
-	$(INTEROP)/bin/python -m pip uninstall -y -q torchvision # one for another build of torch, which nothing here needs
+	@# comes along for one of them, and built for another torch than the CPU's it stops every import of transformers
+	$(INTEROP)/bin/python -m pip uninstall --yes torchvision
 	@touch $@
 
 interop: $(READY) $(INTEROP)/.ready
-	rm -rf tests/golden/formats
+	rm -rf $(INTEROP)/written
 	for library in saelens sparsify dictionary_learning; do \
-	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
+	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py $(INTEROP)/written/$$library || exit 1; done
+	rm -rf tests/golden/formats && mv $(INTEROP)/written tests/golden/formats
 	$(BIN)/python -m pytest -m "interop or not interop" tests/test_formats_parity.py tests/test_formats_interop.py
 
 bench: $(READY)

@@ -2,33 +2,44 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from .info import rule_as_text
-from .output import columns, write_facts
+from .output import Progress, columns, write_facts
+
+if TYPE_CHECKING:
+    from saekit.sae import SAE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Convert:
     """Write an SAE in another format, if it means the same there; otherwise say why it does not.
 
-    A Mutual- or Feature-Choice SAE is written as the JumpReLU SAE that its calibrated thresholds make of it.
+    A Mutual- or Feature-Choice SAE is written as the JumpReLU SAE that its calibrated thresholds make of it. One
+    without thresholds gets them from text, if --calibrate says how much of it to read.
 
     Example:
       saekit convert sae sae-for-saelens --to saelens
-      saekit convert EleutherAI-sae/layers.5 sae --to saekit
+      saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 sae
+      saekit convert uncalibrated sae-for-saelens --to saelens --calibrate 100000
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of the SAE, or the file that holds its weights."""
+    """Folder or file of the SAE, its name in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write."""
     to: Literal["saekit", "saelens", "sparsify"] = "saekit"
     """Whose format."""
     input_scale: float | None = None
     """What inputs are multiplied with before encoding, if its files need that and do not say it; it is folded in."""
+    calibrate: int | None = None
+    """Tokens to read for the thresholds of a rule that looks across tokens; tens of thousands at least."""
+    model: str | None = None
+    """For --calibrate: another model than the one it was trained on."""
+    text: str | None = None
+    """For --calibrate: another text than the one it was trained on."""
     json: bool = False
     """Print the facts as JSON."""
     config: Path | None = None
@@ -39,6 +50,8 @@ class Convert:
 
         described = describe(self.sae)
         sae = load(self.sae, input_scale=self.input_scale)
+        if self.calibrate is not None:
+            sae = self._calibrated(sae)
         convert(sae, self.out, to=self.to)
         facts = {
             "from": described.format,
@@ -51,3 +64,22 @@ class Convert:
         }
         write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
         return 0
+
+    def _calibrated(self, sae: "SAE") -> "SAE":
+        import torch
+
+        from saekit.activations.harvest import Harvest
+        from saekit.training.calibrate import calibrate
+
+        from .opened import open_sae
+
+        opened = open_sae(self.sae, model=self.model, text=self.text, site=None, rows=None, device="cpu")
+        rows = opened.corpus.train
+        rows = rows.select(slice(max(1, (self.calibrate or 0) // rows.context)))
+        harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
+        with Progress("reading activations", len(rows), unit="rows") as progress:
+            pool = []
+            for batches in harvest.in_order():
+                pool.append(batches[opened.site].vectors)
+                progress.to(min(progress.done + harvest.batch_rows, len(rows)))
+        return sae.with_rule(calibrate(sae, torch.cat(pool)))

@@ -37,7 +37,8 @@ class Doctor:
 
 def diagnose() -> dict[str, Any]:
     """Everything the command prints. Loads torch, but no model and no other library."""
-    from saekit.pretrained import bundled_model_path, index_path
+    from saekit.index import index_path
+    from saekit.pretrained import bundled_model_path
 
     model = check_model(bundled_model_path())
     index = index_path()

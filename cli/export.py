@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from .export_for import export_delphi, export_neuronpedia
 from .output import Progress, columns, write_facts
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ class Export:
     Example:
       saekit export sae --out features.html
       saekit export sae --features 120 --tokens 1000000
+      saekit export sae --to neuronpedia --features 2048
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
     """Folder of the SAE."""
-    out: Path = Path("features.html")
-    """File to write."""
+    out: Path | None = None
+    """File or folder to write; features.html, neuronpedia or delphi-cache if not given."""
+    to: Literal["page", "neuronpedia", "delphi"] = "page"
+    """A page, features in the JSON that Neuronpedia imports, or all codes as delphi's cache."""
     features: int = 60
     """How many features get a page."""
     tokens: int = 300_000
@@ -48,7 +52,15 @@ class Export:
         from .opened import open_sae
 
         opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)
-        facts = export_page(opened, self.out, n_features=self.features, n_tokens=self.tokens)
+        match self.to:
+            case "neuronpedia":
+                out = self.out or Path("neuronpedia")
+                facts = export_neuronpedia(opened, out, n_features=self.features, n_tokens=self.tokens)
+            case "delphi":
+                facts = export_delphi(opened, self.out or Path("delphi-cache"), n_tokens=self.tokens)
+            case _:
+                out = self.out or Path("features.html")
+                facts = export_page(opened, out, n_features=self.features, n_tokens=self.tokens)
         write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
         return 0
 

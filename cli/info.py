@@ -20,16 +20,17 @@ UNKNOWN = "not in its files"
 class Info:
     """Say what an SAE is: format, shapes, rule, Site, normalisation.
 
-    Reads headers and configs alone, so it is as quick for a large SAE as for a small one. Any format that
-    saekit loads will do: SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI and others.
+    Reads headers and configs alone, so it is as quick for a large SAE as for a small one; of one on the Hub
+    no more is fetched, unless it is a `.pt` file. Any format that saekit loads will do: SAELens, sparsify,
+    dictionary_learning, Gemma Scope, OpenAI and others.
 
     Example:
       saekit info sae
-      saekit info gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 --json
+      saekit info google/gemma-scope-2b-pt-res:layer_20/width_16k/average_l0_71 --json
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of the SAE, or the file that holds its weights."""
+    """Folder or file of the SAE, its name in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     json: bool = False
     """Print the facts as JSON, with everything else that the files record."""
     config: Path | None = None
@@ -50,7 +51,7 @@ def facts_of(described: "Description") -> dict[str, Any]:
     return {
         "format": described.format,
         "file": described.file,
-        "bytes": described.file.stat().st_size,
+        "bytes": described.size,
         "dtype": described.dtype,
         "d_in": weights.d_in,
         "n_features": weights.n_features,
@@ -78,7 +79,7 @@ def _numbers_of(rule: "SelectionRule") -> dict[str, Any]:
 def _as_text(described: "Description") -> str:
     weights = described.weights
     subtracted = ", b_dec subtracted from the input" if weights.apply_b_dec_to_input else ""
-    in_kb = described.file.stat().st_size / 1e3
+    in_kb = described.size / 1e3
     size = f"{in_kb:.1f} kB" if in_kb < 1e3 else f"{in_kb / 1e3:,.1f} MB"
     rows = [
         ("format", f"{described.format}, {described.dtype}, {size}"),

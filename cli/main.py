@@ -20,17 +20,21 @@ from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
+from .check import Check
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
 from .doctor import Doctor
 from .evaluate import Eval
 from .export import Export
+from .index import Index
 from .info import Info
+from .list import List
 from .pretrain import Pretrain
 from .stability import Stability
 from .steer import Steer
 from .train import Train
+from .upload import Upload
 
 
 class Command(Protocol):
@@ -47,8 +51,12 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Eval,
     "stability": Stability,
     "export": Export,
+    "list": List,
     "info": Info,
+    "check": Check,
     "convert": Convert,
+    "upload": Upload,
+    "index": Index,
     "steer": Steer,
     "pretrain": Pretrain,
     "doctor": Doctor,

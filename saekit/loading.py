@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from saekit import checkpoint, sae_config
+from saekit import checkpoint, pretrained, sae_config
 from saekit.errors import UnknownNameError
 from saekit.formats import known, saelens, sparsify
 from saekit.formats.files import Files, open_files
 from saekit.formats.weights import Weights
+from saekit.index import IndexEntry
+from saekit.pretrained import Located
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 
@@ -27,42 +29,81 @@ class Description:
 
     Attributes:
         format: `saekit`, or the name of another library or release.
-        file: the one that holds the weights.
+        file: the one that holds the weights; if it is on the Hub, where it would lie.
+        size: of its tensors, in bytes.
         dtype: of the weights on disk.
         weights: with tensors of the right shapes on the meta device.
     """
 
     format: str
     file: Path
+    size: int
     dtype: str
     weights: Weights
 
 
-def load(path: Path | str, *, input_scale: float | None = None, device: torch.device | str = "cpu") -> SAE:
-    """The SAE in a local folder or file, in saekit's format or another's; `saekit.formats.known` lists them.
+def load(name: Path | str, *, input_scale: float | None = None, device: torch.device | str = "cpu") -> SAE:
+    """An SAE of any format that `saekit.formats.known` lists, from wherever it is.
 
     Args:
+        name: a local folder or file; an SAE of the index, `gpt2-small-res-jb/blocks.8.hook_resid_pre`; or a place on
+            the Hub, `owner/name[@revision][:path]`. The first of these that there is.
         input_scale: what inputs are multiplied with before encoding, for an SAE whose files need that and do not say
             it; it is folded into the weights, so that the SAE takes raw activations. Wins over what the files say.
 
     Raises:
-        FileError: nothing there, no format saekit knows, or files that are damaged, do not fit together, or could run
-            code.
+        FileError: nothing there, no format saekit knows, or files that are damaged, do not fit together, are not what
+            the index describes, or could run code.
+        UnknownNameError: a release of the index, but no SAE of it.
     """
-    files = open_files(Path(path))
-    return build(known.for_raw_inputs(_read(files), files.weights, input_scale=input_scale), device=device)
+    return load_located(pretrained.locate(name), input_scale=input_scale, device=device)
 
 
-def describe(path: Path | str) -> Description:
-    """What `load` would load, from headers and configs alone.
+def load_located(found: Located, *, input_scale: float | None = None, device: torch.device | str = "cpu") -> SAE:
+    """The SAE at a place that is known already; what its files do not say, the index does."""
+    files = open_files(pretrained.fetch(found))
+    weights = with_entry(_read(files), found.entry)
+    return build(known.for_raw_inputs(weights, files.weights, input_scale=input_scale), device=device)
+
+
+def with_entry(weights: Weights, entry: IndexEntry | None) -> Weights:
+    """The same weights, with what the index says in place of what their files leave open."""
+    if entry is None:
+        return weights
+    metadata = dict(weights.metadata)
+    claims = {"l0": entry.l0, "variance_explained": entry.variance_explained, "neuronpedia_id": entry.neuronpedia}
+    metadata |= {name: claim for name, claim in claims.items() if claim is not None and metadata.get(name) is None}
+    scale = entry.norm_scaling_factor if weights.input_scale is None else weights.input_scale
+    return replace(
+        weights,
+        hook_name=weights.hook_name or entry.site,
+        hook_name_out=weights.hook_name_out or entry.hook_name_out,
+        model_name=weights.model_name or entry.model,
+        input_scale=scale,
+        metadata=metadata,
+    )
+
+
+def describe(name: Path | str) -> Description:
+    """What `load` would load, from headers and configs alone; of files on the Hub no more than these is fetched.
+
+    A `.pt` file is fetched as a whole, since it says its shapes nowhere else.
 
     Raises:
         FileError: as `load` does, but for damage to the numbers themselves.
+        UnknownNameError: as `load` does.
     """
-    files = open_files(Path(path), contents=False)
+    return describe_located(pretrained.locate(name))
+
+
+def describe_located(found: Located) -> Description:
+    """The same of a place that is known already."""
+    files = pretrained.open_headers(found)
     largest = max(files.tensors.values(), key=torch.numel)
-    name = "saekit" if _is_native(files) else known.identify(files).name
-    return Description(name, files.weights, str(largest.dtype).removeprefix("torch."), _read(files))
+    kind = "saekit" if _is_native(files) else known.identify(files).name
+    size = sum(tensor.nbytes for tensor in files.tensors.values())
+    dtype = str(largest.dtype).removeprefix("torch.")
+    return Description(kind, files.weights, size, dtype, with_entry(_read(files), found.entry))
 
 
 def build(weights: Weights, *, device: torch.device | str = "cpu") -> SAE:

@@ -1,50 +1,33 @@
-"""Names of published SAEs to folders on disk: look up in the index, fetch, verify.
+"""From what a user calls an SAE to files on this machine: a path, a name in the index, or a place on the Hub."""
 
-The index is `pretrained_index.yaml`; its first lines document its fields.
-"""
-
-import hashlib
-from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+from saekit import hub
+from saekit.errors import FileError
+from saekit.formats.choosing import companions, weights_among
+from saekit.formats.files import Files, open_elsewhere, open_files
+from saekit.formats.tensor_files import HEADERS
+from saekit.hub import HubPlace, Listing
+from saekit.index import PACKAGE, IndexEntry, find_name
 
-from saekit.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-from saekit.errors import FileError, UnknownNameError
-
-PACKAGE = Path(__file__).parent
-INDEX_FILE = "pretrained_index.yaml"
-INDEX_VERSION = 1
+HOW_TO_NAME = "a local folder or file, an SAE of the index (`saekit list`), or OWNER/NAME[@REVISION][:PATH] on the Hub"
 
 
 @dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One SAE of the index.
+class Located:
+    """Where an SAE was found.
 
     Attributes:
-        source: `hub:OWNER/REPO@REVISION`, or `package:PATH` for a folder that comes with saekit.
-        path: folder below the source.
-        sha256: of the weights file.
+        local: its folder or file on this machine; None if it is on the Hub.
+        place: where it is on the Hub.
+        entry: what the index says of it; None if it is not from there.
     """
 
-    release: str
-    sae_id: str
-    model: str
-    site: str
-    d_model: int
-    n_features: int
-    licence: str
-    source: str
-    path: str
-    sha256: str
-
-
-def index_path() -> Path:
-    """The index of published SAEs: inside the package in a wheel, beside it in a checkout."""
-    inside = PACKAGE / INDEX_FILE
-    return inside if inside.exists() else PACKAGE.parent / INDEX_FILE
+    local: Path | None
+    place: HubPlace | None = None
+    entry: IndexEntry | None = None
 
 
 def bundled_model_path() -> Path:
@@ -52,86 +35,98 @@ def bundled_model_path() -> Path:
     return PACKAGE / "assets" / "pystd"
 
 
-def read_index(path: Path | None = None) -> dict[tuple[str, str], IndexEntry]:
-    """All entries by (release, sae_id).
+def locate(name: Path | str) -> Located:
+    """What a name means: what is on the disk wins over the index, and the index over the Hub.
 
     Raises:
-        FileError: if the file is missing, no YAML, of a newer version, or an entry lacks a field.
+        UnknownNameError: a release of the index, but no SAE of it.
+        FileError: a name of no known form.
     """
-    path = path or index_path()
-    try:
-        index = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise FileError(f"cannot read the index {path}: {str(error).splitlines()[0]}; install saekit again") from error
-    if not isinstance(index, Mapping) or index.get("version", 0) > INDEX_VERSION:
-        raise FileError(f"{path} is of a version that this saekit does not read; upgrade with `pip install -U saekit`")
-    return {
-        (release, sae_id): _entry(path, release, sae_id, shared, own)
-        for release, shared in index["releases"].items()
-        for sae_id, own in shared["saes"].items()
-    }
+    path, text = Path(name).expanduser(), str(name)
+    if path.exists():
+        return Located(path)
+    entry = None if path.is_absolute() else find_name(text)
+    if entry is not None:
+        return located(entry)
+    place = HubPlace.parse(text)
+    if place is None:
+        raise FileError(f"no file or folder {text}; give {HOW_TO_NAME}")
+    return Located(None, place)
 
 
-def find(release: str, sae_id: str) -> IndexEntry:
-    """The entry of a published SAE.
+def located(entry: IndexEntry) -> Located:
+    """Where an SAE of the index is."""
+    local = PACKAGE / entry.package / entry.path if entry.package else None
+    return Located(local, entry.place, entry)
+
+
+def fetch(found: Located) -> Path:
+    """The folder or file on this machine, downloaded if need be; its weights are the ones of the index.
 
     Raises:
-        UnknownNameError: listing the closest names there are.
+        FileError: it cannot be downloaded, is not one SAE, or its weights differ from the index.
     """
-    index = read_index()
-    if (release, sae_id) not in index:
-        raise UnknownNameError("pretrained SAE", f"{release}/{sae_id}", {"/".join(key) for key in index})
-    return index[release, sae_id]
+    path = found.local if found.place is None else _download(found.place)
+    assert path is not None, "what is not local is on the Hub"
+    if found.entry is not None and found.entry.sha256 is not None:
+        weights = path if path.is_file() else _weights_of(path)
+        hub.verify(weights, found.entry.sha256, source="the index")
+    return path
 
 
-def fetch(release: str, sae_id: str) -> Path:
-    """The folder of a published SAE, downloaded if it is not on this machine yet, with its weights verified.
+def open_headers(found: Located) -> Files:
+    """The SAE opened for its shapes: of files on the Hub only configs and headers are fetched, where that is possible.
 
     Raises:
-        UnknownNameError: no such SAE.
-        FileError: it cannot be downloaded, or the weights are not the ones of the index.
+        FileError: as `fetch`.
     """
-    entry = find(release, sae_id)
-    kind, _, place = entry.source.partition(":")
-    folder = PACKAGE / place / entry.path if kind == "package" else _download(entry, place)
-    weights = folder / WEIGHTS_FILE
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else "no such file"
-    if found != entry.sha256:
-        raise FileError(
-            f"{weights} is not what the index describes (sha256 {found[:12]}, expected {entry.sha256[:12]}); "
-            "delete it and fetch it again"
-        )
-    return folder
+    if found.place is None:
+        return open_files(fetch(found), contents=False)
+    listing, weights = choose(hub.look_up(found.place))
+    if listing.folder is not None or Path(weights).suffix not in HEADERS:
+        return open_files(fetch(found), contents=False)
+    folder = _fetch_configs(listing, weights)
+    with hub.open_remote(listing, weights) as file:
+        return open_elsewhere(folder / weights, file)
 
 
-def _download(entry: IndexEntry, place: str) -> Path:
-    from huggingface_hub import hf_hub_download  # only for SAEs that are not on this machine
-
-    repo, _, revision = place.partition("@")
-    try:
-        files = [
-            hf_hub_download(repo, f"{entry.path}/{name}", revision=revision) for name in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
-    except Exception as error:  # the Hub's client raises whatever its transport raises
-        raise FileError(
-            f"cannot fetch {entry.release}/{entry.sae_id} from {repo}: {str(error).splitlines()[0]}; check the network"
-        ) from error
-    return Path(files[0]).parent
+def _download(place: HubPlace) -> Path:
+    """The file of weights, with its configs beside it."""
+    if place.is_pinned and place.path:
+        # a commit is always the same: with its weights here, there is nothing to ask
+        kept = hub.recall(place)
+        with contextlib.suppress(FileError):
+            if kept is not None:
+                return hub.fetch(kept, ()) / choose(kept)[1]
+    listing, weights = choose(hub.look_up(place))
+    _fetch_configs(listing, weights)
+    return hub.fetch(listing, (weights,)) / weights
 
 
-def _entry(path: Path, release: str, sae_id: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> IndexEntry:
-    try:
-        return IndexEntry(
-            release=release,
-            sae_id=sae_id,
-            model=shared["model"],
-            site=own["site"],
-            d_model=own["d_model"],
-            n_features=own["n_features"],
-            licence=shared["licence"],
-            source=shared["source"],
-            path=own["path"],
-            sha256=own["sha256"],
-        )
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path}: entry {release}/{sae_id} lacks {error}; see the comment at its top") from error
+def choose(listing: Listing) -> tuple[Listing, str]:
+    """The listing, and which of its files holds the weights of the SAE at its place.
+
+    Raises:
+        FileError: no SAE there, or more than one.
+    """
+    place = listing.place
+    if place.path in listing.names:
+        return listing, place.path
+    below = listing.below()
+    if not below:
+        some = ", ".join(listing.names[:3]) or "nothing"
+        kept = " on this machine" if listing.folder is not None else ""
+        raise FileError(f"{place.at('')} has no {place.path}{kept}, but {some}, ...; check the path")
+    start = f"{place.path}/" if place.path else ""
+    return listing, start + weights_among(below, place=str(place), example=str(place.at(f"{start}{{}}")))
+
+
+def _fetch_configs(listing: Listing, weights: str) -> Path:
+    """Before the weights, so that weights that are here have their configs."""
+    names = companions(weights, listing.names)
+    return hub.fetch(listing, names) if names else hub.snapshot_folder(listing.place, listing.commit)
+
+
+def _weights_of(folder: Path) -> Path:
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return folder / weights_among(names, place=str(folder), example=f"{folder}/{{}}")

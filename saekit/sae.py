@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit import checkpoint, pretrained, sae_config
+from saekit import checkpoint, index, pretrained, sae_config
 from saekit.codes import SparseCodes
 from saekit.errors import ShapeError
 from saekit.kernels.entries import decode_rows, shifted_bias
@@ -258,13 +258,15 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, release: str, sae_id: str, *, device: torch.device | str = "cpu") -> "SAE":
-        """A published SAE by its names in `pretrained_index.yaml`; fetched from the Hub if need be.
+        """A published SAE by its names in `pretrained_index.yaml`, of any format; fetched from the Hub if need be.
 
         Raises:
             UnknownNameError: no such SAE; the message lists the closest.
             FileError: it cannot be fetched, or is not what the index describes.
         """
-        return cls.load(pretrained.fetch(release, sae_id), device=device)
+        from saekit.loading import load_located  # which makes SAEs, and so imports this module
+
+        return load_located(pretrained.located(index.find(release, sae_id)), device=device)
 
     def extra_repr(self) -> str:
         out = f", d_out={self.d_out}" if self.is_transcoder else ""

@@ -64,3 +64,33 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA.parent.name}/{SHARED_DATA.name} beside the project")
     return SHARED_DATA
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine in the place of the real one, with an empty cache."""
+    import huggingface_hub
+    from hub_server import running
+    from huggingface_hub import constants
+
+    import saekit.hub
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(saekit.hub, "WAITS_S", (0.0, 0.0))
+    # the library would wait for seconds between its own tries, which are not what is tested
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    with running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # the other way for large files, which needs a server of its own
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+        huggingface_hub.close_session()

@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module may import from its own floor and from lower ones, never from higher ones
     {"errors"},
     {"codes", "kernels", "targets"},
-    {"budgets", "selection", "normalisation", "activations", "checkpoint", "formats", "pretrained"},
-    {"sae_config", "sae", "crosscoder", "codes_file", "loading", "density", "revival", "losses"},
+    {"budgets", "selection", "normalisation", "activations", "checkpoint", "formats", "hub", "index", "pretrained"},
+    {"sae_config", "sae", "crosscoder", "codes_file", "loading", "publishing", "verifying", "density", "revival", "losses"},
     {"patching", "training"},
     {"adaptive", "analysis"},
     {"dashboards"},

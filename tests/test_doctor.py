@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import saekit.index
 import saekit.pretrained
 from saekit.kernels.backend import choose_backend
 from saekit_cli import doctor
@@ -75,5 +76,5 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
 
 
 def test_a_missing_index_is_a_problem(bundled, monkeypatch, tmp_path):
-    monkeypatch.setattr(saekit.pretrained, "index_path", lambda: tmp_path / "nothing.yaml")
+    monkeypatch.setattr(saekit.index, "index_path", lambda: tmp_path / "nothing.yaml")
     assert any("no index" in problem for problem in doctor.diagnose()["problems"])

@@ -49,12 +49,17 @@ def copied(source: Path, folder: Path, **changes: object) -> Path:
 
 
 def test_nothing_there(tmp_path):
-    assert re.search(r"no file or folder .*nowhere; .*download what is on the Hub first", refusal(tmp_path / "nowhere"))
+    assert re.search(
+        r"no file or folder .*nowhere; .*an SAE of the index .*, or OWNER/NAME\[@REVISION\]",
+        refusal(tmp_path / "nowhere"),
+    )
 
 
 def test_a_folder_of_several_saes_says_which_there_are(tmp_path):
     copied(TOPK, tmp_path / "blocks.8")
-    assert re.search(r"no SAE in .*it has SAEs below \(blocks\.8\): give one of them", refusal(tmp_path))
+    assert re.search(
+        r"no SAE in .* itself; it has 1 below \(blocks\.8\): give one of them: .*/blocks\.8$", refusal(tmp_path)
+    )
 
 
 def test_several_files_of_weights_that_could_be_meant(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saekit import pretrained
+from saekit import index
 
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "pretrained_index.yaml", "saekit", "cli"]
 
@@ -109,9 +109,9 @@ def test_the_installed_packages_come_from_the_wheel_and_none_is_called_cli(insta
 
 
 def test_the_index_is_found_and_valid():
-    index = yaml.safe_load(pretrained.index_path().read_text(encoding="utf-8"))
-    assert index["version"] == 1
-    assert isinstance(index["releases"], dict)
+    written = yaml.safe_load(index.index_path().read_text(encoding="utf-8"))
+    assert written["version"] == index.INDEX_VERSION
+    assert isinstance(written["releases"], dict)
 
 
 def test_versions_agree(repository):

@@ -3,6 +3,7 @@
 No file is opened because another one names it: the names that are looked for are the ones in this room.
 """
 
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,20 +14,11 @@ import yaml
 from torch import Tensor
 
 from saekit.errors import FileError
-from saekit.formats.tensor_files import READERS, read_tensors
+from saekit.formats.choosing import CONFIGS, folder_of, weights_among
+from saekit.formats.tensor_files import Read, read_header, read_tensors
 
 Value = TypeVar("Value")
 
-# what each format calls its weights; a folder with none of them may hold one file of any name
-_WEIGHTS = (
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "ae.pt",
-    "params.npz",
-    "params.safetensors",
-    "checkpoints/final.safetensors",
-)
-_NOT_WEIGHTS = {"sparsity.safetensors", "activation_whitening.safetensors", "activations_store_state.safetensors"}
 _LARGEST_CONFIG = 16 * 2**20
 
 
@@ -135,36 +127,42 @@ def open_files(path: Path, *, contents: bool = True) -> Files:
     """
     path = path.expanduser().absolute()
     weights = path if path.is_file() else _weights_in(path)
-    # checkpoints/final.safetensors belongs to the folder above it
-    folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
-    tensors, rest = read_tensors(weights, contents=contents)
+    return _files(weights, read_tensors(weights, contents=contents))
+
+
+def open_elsewhere(weights: Path, file: io.BufferedReader) -> Files:
+    """An SAE whose weights are read through `file`, of which only shapes and single numbers are asked for.
+
+    Args:
+        weights: where they would lie; the configs that belong to them are there already.
+
+    Raises:
+        FileError: as `open_files`, and for a kind of file that cannot be read in parts (`.pt`).
+    """
+    return _files(weights, read_header(weights, file))
+
+
+def _files(weights: Path, read: Read) -> Files:
+    folder = Path(folder_of(weights))
+    tensors, rest = read
     return Files(
         folder=folder,
         weights=weights,
         tensors=Named(weights, "tensor", tensors),
         rest=Config(weights, "entry", rest),
-        config=_read_first(folder, ("cfg.json", "config.json", "hyperparams.json")),
+        config=_read_first(folder, CONFIGS),
     )
 
 
 def _weights_in(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileError(
-            f"no file or folder {folder}; give a local one, or download what is on the Hub first "
-            "(hf download OWNER/NAME --local-dir FOLDER)"
+            f"no file or folder {folder}; give a local one, an SAE of the index (`saekit list`), or one on the Hub as "
+            "OWNER/NAME:PATH"
         )
-    known = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if known is not None:
-        return known
-    others = sorted(p for p in folder.iterdir() if p.suffix in READERS and p.name not in _NOT_WEIGHTS)
-    if len(others) == 1:
-        return others[0]
-    if others:
-        several = ", ".join(other.name for other in others[:3])
-        raise FileError(f"{folder} holds {len(others)} files of weights ({several}, ...); give one of them")
-    below = sorted(p.parent.relative_to(folder).as_posix() for name in _WEIGHTS for p in folder.glob(f"*/{name}"))
-    hint = f"it has SAEs below ({', '.join(below[:3])}): give one of them" if below else "give the folder of one SAE"
-    raise FileError(f"no SAE in {folder}: expected one of {', '.join(_WEIGHTS)}; {hint}")
+    found = [*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/checkpoints/*")]
+    names = sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+    return folder / weights_among(names, place=str(folder), example=f"{folder}/{{}}")
 
 
 def _read_first(folder: Path, names: tuple[str, ...]) -> Config:

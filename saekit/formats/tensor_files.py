@@ -4,6 +4,8 @@ Each reader gives the tensors by name and whatever else the file holds. With `co
 element come back on the meta device: their shapes are known and their numbers are not read.
 """
 
+import io
+import json
 import math
 import pickle
 import warnings
@@ -34,6 +36,7 @@ _DTYPES = {
 }
 # weights hardly compress; an archive that grows more than this when unpacked was made to fill memory
 _MOST_COMPRESSION = 64
+_LARGEST_HEADER = 16 * 2**20
 
 
 def read_tensors(path: Path, *, contents: bool = True) -> Read:
@@ -48,6 +51,60 @@ def read_tensors(path: Path, *, contents: bool = True) -> Read:
     if not tensors:
         raise FileError(f"{path} holds no tensors; give a file of weights")
     return tensors, rest
+
+
+def read_header(path: Path, file: io.BufferedReader) -> Read:
+    """What `read_tensors` gives without contents, from a file that need not be on this machine.
+
+    Args:
+        file: can be sought in; only what says which tensors there are, and single numbers, is read.
+
+    Raises:
+        FileError: a damaged file, or one whose shapes cannot be told without its contents.
+    """
+    if path.suffix not in HEADERS:
+        raise FileError(f"{path} says its shapes nowhere but in its contents; expected {', '.join(HEADERS)}")
+    tensors, rest = HEADERS[path.suffix](path, file)
+    if not tensors:
+        raise FileError(f"{path} holds no tensors; give a file of weights")
+    return tensors, rest
+
+
+def _safetensors_header(path: Path, file: io.BufferedReader) -> Read:
+    """The format is 8 bytes of length, a JSON object of that length, and the numbers."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+        raise _damaged(path, ValueError(f"a header of {length:,} bytes in a file of {size:,}"))
+    try:
+        header = json.loads(file.read(length))
+        described = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _described(file, 8 + length, size, entry) for name, entry in described.items()}, {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _described(file: io.BufferedReader, start: int, size: int, entry: Mapping[str, Any]) -> Tensor:
+    dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError("shapes and offsets must be whole numbers")
+    if math.prod(shape) * dtype.itemsize != end - begin or start + end > size:
+        raise ValueError(f"a tensor {shape} of {entry['dtype']} at {begin} to {end} of {size} bytes")
+    if math.prod(shape) != 1:
+        return _only_shape(shape, dtype)
+    file.seek(start + begin)
+    return torch.frombuffer(bytearray(file.read(end - begin)), dtype=dtype).reshape(shape)
+
+
+def _npz_header(path: Path, file: io.BufferedReader) -> Read:
+    return _npz(path, contents=False, file=file)
+
+
+HEADERS: dict[str, Callable[[Path, io.BufferedReader], Read]] = {
+    ".safetensors": _safetensors_header,
+    ".npz": _npz_header,
+}
 
 
 def _safetensors(path: Path, contents: bool) -> Read:
@@ -66,10 +123,10 @@ def _safetensors(path: Path, contents: bool) -> Read:
         raise _damaged(path, error) from error
 
 
-def _npz(path: Path, contents: bool) -> Read:
+def _npz(path: Path, contents: bool, file: io.BufferedReader | None = None) -> Read:
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_compression(path, archive)
+        with zipfile.ZipFile(file or path) as archive:
+            _check_compression(path, archive, size=file.seek(0, io.SEEK_END) if file else path.stat().st_size)
             members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
             return {info.filename[:-4]: _npy(path, archive, info, contents) for info in members}, {}
     except FileError:
@@ -98,7 +155,7 @@ def _torch(path: Path, contents: bool) -> Read:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:
             with zipfile.ZipFile(path) as archive:
-                _check_compression(path, archive)
+                _check_compression(path, archive, size=path.stat().st_size)
         with warnings.catch_warnings():
             # torch remarks on pickles that it goes on to refuse
             warnings.simplefilter("ignore")
@@ -143,9 +200,9 @@ def _checked(path: Path, name: str, tensor: Tensor, contents: bool) -> Tensor:
     return tensor.detach() if contents or tensor.numel() <= 1 else _only_shape(tuple(tensor.shape), tensor.dtype)
 
 
-def _check_compression(path: Path, archive: zipfile.ZipFile) -> None:
+def _check_compression(path: Path, archive: zipfile.ZipFile, *, size: int) -> None:
     unpacked = sum(info.file_size for info in archive.infolist())
-    if unpacked > _MOST_COMPRESSION * path.stat().st_size:
+    if unpacked > _MOST_COMPRESSION * size:
         raise FileError(
             f"{path} would unpack to {unpacked / 1e6:,.0f} MB, more than {_MOST_COMPRESSION} times its size; "
             "weights do not compress so well, so it was not opened"
