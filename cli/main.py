@@ -24,6 +24,7 @@ from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
 from .doctor import Doctor
+from .effects import Effects
 from .evaluate import Eval
 from .export import Export
 from .info import Info
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[Command]] = {
     "info": Info,
     "convert": Convert,
     "steer": Steer,
+    "effects": Effects,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }
