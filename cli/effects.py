@@ -120,7 +120,7 @@ def facts_of(kept: "KeptEffects") -> dict[str, Any]:
     """The numbers of the report."""
     effects, check = kept.effects, kept.check
     active = effects.active > 0
-    order = effects.effect.masked_fill(~active, -float("inf")).argsort(descending=True, stable=True)
+    order = effects.low.masked_fill(~active, -float("inf")).argsort(descending=True, stable=True)
     control = effects.random[active].quantile(0.975)
     return {
         **kept.facts,
@@ -155,4 +155,5 @@ def as_text(kept: "KeptEffects", facts: dict[str, Any]) -> str:
         (f"#{one['feature']}", f"{one['effect']:+.3g} ({one['low']:+.3g} to {one['high']:+.3g})")
         for one in facts["strongest"]
     ]
-    return f"{columns(lines)}\n\n  strongest, in nats per active token\n{columns(strongest)}\n\n  {facts['file']}"
+    heading = "most certain to help, in nats per active token"
+    return f"{columns(lines)}\n\n  {heading}\n{columns(strongest)}\n\n  {facts['file']}"

@@ -141,7 +141,7 @@ def test_the_command_keeps_and_prints_what_it_measured(place, capsys):
     assert facts["active_features"] == int((kept.effects.active > 0).sum()) > 100
     assert facts["check_rank_correlation"] == kept.check.rank_correlation
     assert facts["checked"] == 4 and facts["rows"] == kept.effects.rows == 4
-    assert facts["strongest"][0]["effect"] == pytest.approx(float(kept.effects.effect.max()))
+    assert facts["strongest"][0]["low"] == pytest.approx(float(kept.effects.low.max()))
     assert facts["median_effect"] > facts["median_control"]
     assert not (place / "sae" / "effects.unfinished.safetensors").exists()
     assert main([*arguments, *small]) == 0

@@ -25,6 +25,7 @@ from saekit.patching.attribution import difference
 from saekit.patching.curvature import DRAWS, by_row, loss_gradients, second_order
 from saekit.patching.effects import EVERYWHERE, Candidates, exact_effects, read_prompts
 from saekit.patching.metric import NextTokenLoss
+from saekit.patching.splice import writing_site
 from saekit.patching.statistics import rank_correlation, with_random_decoder
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
@@ -222,7 +223,7 @@ def _estimate(
     which share their codes."""
     own = read_prompts(target, saes[0], site, rows.ids, mask=tokens, batch_rows=settings.batch_rows)
     gradients = loss_gradients(
-        target, site, rows.ids, own.vectors, pad=rows.pad, draws=settings.draws, seed=seed
+        target, writing_site(saes[0], site), rows.ids, own.vectors, pad=rows.pad, draws=settings.draws, seed=seed
     )  # (rows, context, d_model) each
     change = difference(own.codes, None)
     return change, [second_order(change, gradients, sae) for sae in saes]

@@ -17,7 +17,7 @@ from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching.coordinates import strength_of
 from saekit.patching.metric import Metric
-from saekit.patching.splice import Encoded, spliced
+from saekit.patching.splice import Encoded, spliced, writing_site
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -55,12 +55,13 @@ class Prompts:
     """Prompts as the SAE at a Site sees them.
 
     Attributes:
-        vectors: `(prompts, context, d_model)` activations at the Site.
+        vectors: `(prompts, context, d_out)` activations where the SAE writes, which is where it reads unless it is a
+            transcoder.
         grid: which tokens count.
         codes: of every token, in the order of the flattened prompts; none where a token does not count.
     """
 
-    vectors: Float[Tensor, "prompts context d_model"]
+    vectors: Float[Tensor, "prompts context d_out"]
     grid: Grid
     codes: SparseCodes
 
@@ -88,7 +89,9 @@ def read_prompts(
         SaekitError: a Site of every call (`@*`); effects are of one tensor.
     """
     _check_one_call(site)
-    vectors = torch.cat([target.read(part, [site])[site] for part in ids.split(batch_rows)])
+    written = writing_site(sae, site)
+    read = [target.read(part, list({site, written})) for part in ids.split(batch_rows)]
+    vectors, out = (torch.cat([part[at] for part in read]) for at in (site, written))
     grid = grid_of(vectors, site, Passes(0, given=Given(ids.to(vectors.device))), TokenMask.of(target, mask))
     kept = grid.keep.flatten().nonzero()[:, 0]
     rows = vectors.flatten(0, 1)[kept].to(sae.b_dec)
@@ -100,7 +103,7 @@ def read_prompts(
         n_tokens=ids.numel(),
         n_features=sae.n_features,
     )
-    return Prompts(vectors, grid, spread)
+    return Prompts(out, grid, spread)
 
 
 @torch.no_grad()
