@@ -118,7 +118,8 @@ def exact_effects(
     other: Prompts | None = None,
     mask: MaskPolicy | TokenMask = MaskPolicy(),
     batch_rows: int = 64,
-    on_progress: Callable[[int], None] = lambda candidates_done: None,
+    after: Float[Tensor, " done"] | None = None,
+    on_batch: Callable[[Tensor], None] = lambda effects: None,
 ) -> Float[Tensor, " n"]:
     """Effect of each candidate on the metric of its prompt, in float64.
 
@@ -126,7 +127,8 @@ def exact_effects(
         ids: the prompts, of one length; a shorter one is padded on the right.
         other: the same prompts corrupted (or clean, if `ids` are the corrupted ones): an edit gives the
             feature the strength that it has there. Without it the edit is to 0, the feature's ablation.
-        on_progress: called with the number of candidates done since the last call.
+        after: effects of the first candidates from a call that was stopped, to go on from.
+        on_batch: is given the effects so far after every batch.
 
     Raises:
         SaekitError: a candidate that the prompts or the dictionary do not have, or at a masked token.
@@ -137,15 +139,17 @@ def exact_effects(
     if other is not None:
         check_same_places(ids, other.grid.keep)
     base = metric_of(target, ids, metric, batch_rows=batch_rows)
-    effects: list[Tensor] = []
-    for part in torch.arange(len(candidates)).split(batch_rows):
+    effects = torch.zeros(0, dtype=torch.float64) if after is None else after
+    for part in torch.arange(len(effects), len(candidates)).split(batch_rows):
+        if not len(part):  # nothing is one empty part
+            break
         chosen = Candidates(candidates.prompt[part], candidates.position[part], candidates.feature[part])
         edit = _edit_each_row(chosen, other)
         with spliced(target, {site: sae}, mask=tokens, edits={site: edit}):
             logits = target.run(ids[chosen.prompt])
-        effects.append(metric(logits, chosen.prompt).double().cpu() - base[chosen.prompt])
-        on_progress(len(part))
-    return torch.cat(effects) if effects else torch.zeros(0, dtype=torch.float64)
+        effects = torch.cat([effects, metric(logits, chosen.prompt).double().cpu() - base[chosen.prompt]])
+        on_batch(effects)
+    return effects
 
 
 @torch.no_grad()

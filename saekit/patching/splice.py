@@ -81,7 +81,7 @@ class Encoded:
 CodeEdit = Callable[[Encoded], SparseCodes | None]
 """What to add to the codes, over the same tokens; None for nothing. Values may be negative."""
 
-_Hook = Callable[[Site, SAE], Edit]
+Hook = Callable[[Site, SAE], Edit]
 
 _NO_EDITS: Mapping[Site, CodeEdit] = MappingProxyType({})
 
@@ -158,7 +158,7 @@ def spliced(
 
         return write
 
-    with target.editing(_in_order(target, placed, read_at, write_at), passes=passes):
+    with target.editing(in_order(target, placed, read_at, write_at), passes=passes):
         yield passes
 
 
@@ -274,7 +274,7 @@ def _own(target: Target, site: Site) -> Site:
     return site.resolve(target.model)
 
 
-def _in_order(target: Target, placed: Mapping[Site, SAE], read_at: _Hook, write_at: _Hook) -> dict[Site, Edit]:
+def in_order(target: Target, placed: Mapping[Site, SAE], read_at: Hook, write_at: Hook) -> dict[Site, Edit]:
     """All that is done at each tensor; what transcoders write there, SAEs read, and what those write, transcoders."""
     hooks: dict[Site, list[Edit]] = {}
     transcoders = {site: sae for site, sae in placed.items() if sae.is_transcoder}
