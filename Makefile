@@ -7,7 +7,7 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check interop bench bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check interop interop-splice bench bench-allocation clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-lens3   what concerns TransformerLens, with version 3 of it'
 	@echo 'make check        format, lint and types'
 	@echo 'make interop      SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
+	@echo 'make interop-splice   SAEs in a forward pass: the same logits and caches as SAELens'
 	@echo 'make bench        the bundled model beside a trigram and lzma'
 	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
 	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
@@ -62,11 +63,15 @@ $(INTEROP)/.ready: constraints.txt
 	$(INTEROP)/bin/python -m pip install $$(grep '^torch==' constraints.txt) $(PEERS)
 	@touch $@
 
-interop: $(READY) $(INTEROP)/.ready
+interop: $(READY) $(INTEROP)/.ready interop-splice
 	rm -rf tests/golden/formats
 	for library in saelens sparsify dictionary_learning; do \
 	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py tests/golden/formats/$$library || exit 1; done
 	$(BIN)/python -m pytest -m "interop or not interop" tests/test_formats_parity.py tests/test_formats_interop.py
+
+# jaxtyping and the rest of what saekit imports come with the peers
+interop-splice: $(INTEROP)/.ready
+	$(INTEROP)/bin/python -W ignore tests/golden/compare_splice.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines
