@@ -7,7 +7,7 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check interop bench bench-speed bench-peers bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check interop interop-splice bench bench-speed bench-peers bench-allocation clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-lens3   what concerns TransformerLens, with version 3 of it'
 	@echo 'make check        format, lint and types'
 	@echo 'make interop      SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
+	@echo 'make interop-splice   SAEs in a forward pass: the same logits and caches as SAELens'
 	@echo 'make bench        the bundled model beside a trigram and lzma'
 	@echo 'make bench-speed  a training step in encoder products, by rule; QUICK=1 for a look; THREADS, OUT as you like'
 	@echo 'make bench-peers  the same beside SAELens, sparsify and dictionary_learning'
@@ -67,12 +68,16 @@ $(INTEROP)/.ready: constraints.txt
 	$(INTEROP)/bin/python -m pip uninstall --yes torchvision
 	@touch $@
 
-interop: $(READY) $(INTEROP)/.ready
+interop: $(READY) $(INTEROP)/.ready interop-splice
 	rm -rf $(INTEROP)/written
 	for library in saelens sparsify dictionary_learning; do \
 	  $(INTEROP)/bin/python -W ignore tests/golden/write_$$library.py $(INTEROP)/written/$$library || exit 1; done
 	rm -rf tests/golden/formats && mv $(INTEROP)/written tests/golden/formats
 	$(BIN)/python -m pytest -m "interop or not interop" tests/test_formats_parity.py tests/test_formats_interop.py
+
+# jaxtyping and the rest of what saekit imports come with the peers
+interop-splice: $(INTEROP)/.ready
+	$(INTEROP)/bin/python -W ignore tests/golden/compare_splice.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.pystd.baselines

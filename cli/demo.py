@@ -49,7 +49,7 @@ class Demo:
         (facts,) = train_and_evaluate(command, target, corpus, configs, source)
         opened = OpenedSAE(SAE.load(command.out), target, configs[0].site, source.mask, command.text, corpus)
         page = self.out / "features.html"
-        facts |= export_page(opened, page, n_features=60, n_tokens=300_000)
+        facts |= export_page(opened, command.out, page, n_features=60, n_tokens=300_000)
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["train_command"] = (
             f"saekit train --rule {self.rule} --tokens {self.tokens} --seed {self.seed} "

@@ -18,7 +18,8 @@ class Export:
     """Write a page about a saved SAE: how often features fire, and the most interesting ones with examples.
 
     One HTML file that needs nothing else, for looking at and for sending to somebody. Features of an
-    SAE on Python source are scored against the concepts of the language.
+    SAE on Python source are scored against the concepts of the language. Effects on the model's loss are shown if
+    `saekit effects` has measured them.
 
     Example:
       saekit export sae --out features.html
@@ -60,18 +61,23 @@ class Export:
                 facts = export_delphi(opened, self.out or Path("delphi-cache"), n_tokens=self.tokens)
             case _:
                 out = self.out or Path("features.html")
-                facts = export_page(opened, out, n_features=self.features, n_tokens=self.tokens)
+                facts = export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens)
         write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
         return 0
 
 
-def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: int) -> dict[str, Any]:
-    """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it."""
+def export_page(opened: "OpenedSAE", folder: Path, out: Path, *, n_features: int, n_tokens: int) -> dict[str, Any]:
+    """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it.
+
+    Effects that `saekit effects` has kept in the folder are shown.
+    """
     from saekit.activations.harvest import Harvest
     from saekit.dashboards.page_of_sae import page_of_sae, sample_rows
     from saekit.dashboards.static_page import check_writable, write_page
+    from saekit.patching.effects_file import kept_effects
 
     check_writable(out)
+    kept = kept_effects(folder, opened.sae)
     rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
     harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
     documents = opened.corpus.train_documents
@@ -83,6 +89,7 @@ def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: in
             metrics=opened.sae.cfg.metadata.get("evaluation", {}),
             documents=documents if is_python else (),
             n_features=n_features,
+            kept=kept,
             on_progress=lambda done: progress.to(min(progress.done + done, len(rows))),
         )
         write_page(out, page)
@@ -90,6 +97,7 @@ def export_page(opened: "OpenedSAE", out: Path, *, n_features: int, n_tokens: in
     return {
         "page": str(out),
         "features_shown": len(page.features),
+        "effects_shown": sum(feature.effect is not None for feature in page.features),
         "page_tokens": statistics.n_tokens,
         "page_never_fired": int((statistics.active == 0).sum()),
         "megabytes": round(out.stat().st_size / 1e6, 2),

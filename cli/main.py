@@ -25,6 +25,7 @@ from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
 from .doctor import Doctor
+from .effects import Effects
 from .evaluate import Eval
 from .export import Export
 from .index import Index
@@ -58,6 +59,7 @@ COMMANDS: dict[str, type[Command]] = {
     "upload": Upload,
     "index": Index,
     "steer": Steer,
+    "effects": Effects,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }

@@ -1,5 +1,6 @@
 """`saekit steer`: what a model writes with and without an edit of some features."""
 
+import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class Steer:
         from saekit.activations.mask import MaskPolicy
         from saekit.errors import SaekitError
         from saekit.loading import load
+        from saekit.patching.account import IdleEditError
         from saekit.patching.generation import Sampling, encode_prompt, steer
         from saekit.sae import SAE
         from saekit.targets import Site, Target
@@ -92,7 +94,13 @@ class Steer:
         prompt = encode_prompt(target, self.prompt, bos=recorded.get("row_bos", True))
         mask = MaskPolicy(**recorded.get("mask", {}))
         saes = {site: sae.to(self.device)}
-        steered = steer(target, prompt, [self.intervention(site)], saes, sampling=sampling, mask=mask)
+        try:
+            steered = steer(target, prompt, [self.intervention(site)], saes, sampling=sampling, mask=mask)
+        except IdleEditError:
+            raise SaekitError(
+                f"--how {self.how} changed nothing: {self.named()}, or as strong as that already; choose other "
+                "--features, another --where or --how add"
+            ) from None
         return {
             "model": target.name,
             "site": str(site),
@@ -105,6 +113,12 @@ class Steer:
             "first_difference": steered.first_difference,
         }
 
+    def named(self) -> str:
+        features = ", ".join(map(str, self.features))
+        return (
+            f"feature {features} was not active" if len(self.features) == 1 else f"features {features} were not active"
+        )
+
     def settled_amount(self) -> float:
         """The number that the operation works with.
 
@@ -113,6 +127,8 @@ class Steer:
         """
         from saekit.errors import SaekitError
 
+        if self.amount is not None and not math.isfinite(self.amount):
+            raise SaekitError(f"--amount {self.amount} is no strength; pass a finite number")
         if self.amount is None and self.how not in DEFAULTS:
             raise SaekitError(f"--how {self.how} needs a number; pass --amount, in units of the feature's strength")
         if self.amount is not None and self.how == "zero":
@@ -120,8 +136,12 @@ class Steer:
         return DEFAULTS[self.how] if self.amount is None else self.amount
 
     def intervention(self, site: "Site") -> "Intervention":
+        from saekit.errors import SaekitError
         from saekit.patching import Add, Clamp, Intervention, Scale, Zero
 
+        repeated = sorted({f for f in self.features if self.features.count(f) > 1})
+        if repeated:
+            raise SaekitError(f"--features names {repeated[0]} more than once; name each feature once")
         amount = self.settled_amount()
         operation: Operation = {
             "add": lambda: Add(amount),

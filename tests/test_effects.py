@@ -22,6 +22,7 @@ from saekit.patching.metric import LogitDifference, NextTokenLoss
 from saekit.patching.statistics import bootstrap, matched_features, rank_correlation, with_random_decoder
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import Threshold
 from saekit.targets import Site, Target
 
@@ -226,6 +227,38 @@ def test_the_difference_of_codes_holds_the_entries_of_both(sae):
     own, other = (sae.encode(MODEL.embed(ids).flatten(0, 1)) for ids in (IDS, OTHER_IDS))
     torch.testing.assert_close(difference(own, other).to_dense(), other.to_dense() - own.to_dense())
     torch.testing.assert_close(difference(own, None).to_dense(), -own.to_dense())
+
+
+@pytest.fixture(scope="module")
+def through_mix() -> SAE:
+    """A transcoder over what turns each position's stream into itself: planted features in, the same out."""
+    cfg = SAEConfig(
+        d_in=WIDTH, d_sae=FEATURES, d_out=WIDTH, apply_b_dec_to_input=False, hook_name="embed", hook_name_out="stream"
+    )
+    planted = SAE(WIDTH, FEATURES, Threshold(1e-4), cfg=cfg)
+    with torch.no_grad():
+        planted.decoder.copy_(MODEL.directions)
+        planted.encoder.copy_(MODEL.directions)
+    return planted
+
+
+def test_effects_of_a_transcoder_are_of_what_it_writes(through_mix, sae, places, other):
+    read = Site("embed")
+    got = exact_effects(TARGET, through_mix, read, IDS, METRIC, places, mask=MASK)
+    torch.testing.assert_close(got, truth(places, torch.zeros_like(codes_of(IDS))).double(), rtol=0, atol=1e-5)
+    there = read_prompts(TARGET, through_mix, read, OTHER_IDS, mask=MASK)
+    for patched in ({}, {"other": (there, other)}):
+        pair = [{name: both[i] for name, both in patched.items()} for i in (0, 1)]
+        found = attribute(TARGET, through_mix, read, IDS, METRIC, mask=MASK, **pair[0])
+        want = attribute(TARGET, sae, SITE, IDS, METRIC, mask=MASK, **pair[1])
+        torch.testing.assert_close(found.effect, want.effect)
+        torch.testing.assert_close(found.error, want.error)
+    sets = [
+        greedy_set(read_behaviour(TARGET, which, site, IDS, OTHER_IDS, METRIC, mask=MASK), size=3)
+        for which, site in ((through_mix, read), (sae, SITE))
+    ]
+    assert torch.equal(sets[0].features, sets[1].features)
+    torch.testing.assert_close(sets[0].necessary, sets[1].necessary)
 
 
 # --- metrics

@@ -29,8 +29,9 @@ from saekit.patching import (
     spliced,
 )
 from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import Threshold, TopK
-from saekit.targets import Site, Target
+from saekit.targets import Side, Site, Target
 
 TEXT = IDS != BOS
 DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
@@ -485,3 +486,24 @@ def test_a_warning_says_when_an_edit_leaves_the_range_of_norms(target, sae):
         target.run(IDS)
     assert len(caught) == 1
     run_with_interventions(target, IDS, [feature(operation=Add(near))], {FIRST: sae}, mask=TOKENS)
+
+
+@torch.no_grad()
+def test_an_edit_of_a_transcoder_is_of_what_it_writes(target):
+    read, written = Site("layers.1.mlp", Side.INPUT), Site("layers.1.mlp")
+    cfg = SAEConfig(
+        d_in=WIDTH, d_sae=48, d_out=WIDTH, apply_b_dec_to_input=False, hook_name=str(read), hook_name_out=str(written)
+    )
+    sae = SAE(WIDTH, 48, TopK(4), cfg=cfg)
+    x = target.read(IDS, [read])[read]
+    feature = int(sae.encode(x[0]).features[-1])
+    strength = sae.encode(x.flatten(0, 1)).to_dense().view(*IDS.shape, -1)[..., feature].clone()
+    strength[:, 0] = 0
+    want = target.run(IDS, edits={written: lambda y: y - strength[..., None] * sae.decoder[feature]})
+    ablation = Intervention(site=read, operation=Zero(), features=(feature,))
+    got = run_with_interventions(target, IDS, [ablation], [sae], mask=TOKENS)
+    torch.testing.assert_close(got, want)
+    assert (want - target.run(IDS)).abs().max() > 1e-4
+    over = Intervention(site=written, operation=Zero())
+    with pytest.raises(SaekitError, match=r"both edit the same vector, and only additions add up"):
+        run_with_interventions(target, IDS, [ablation, over], [sae], mask=TOKENS)

@@ -1,5 +1,7 @@
 """SAEs in the forward pass: nothing changes where nothing should, and what changes is what the formula says."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from small_models import (
@@ -27,6 +29,7 @@ from saekit.normalisation import ConstantNorm, EqualNorms, LayerNorm, Plain
 from saekit.patching import SpliceCache, TokenMask, run_with_cache_with_saes, run_with_saes, spliced
 from saekit.patching.splice import Encoded, write
 from saekit.sae import SAE
+from saekit.sae_config import SAEConfig
 from saekit.selection import Threshold, TopK
 from saekit.targets import Side, Site, Target
 
@@ -250,10 +253,105 @@ def test_an_edit_writes_in_the_scale_that_the_token_is_normalised_by(target, nor
     torch.testing.assert_close(sae.decode(codes, x) + write(more, sae, x), sae.decode(grown, x))
 
 
-def test_a_transcoder_is_not_spliced_in_where_it_reads(target):
-    sae = sae_of(TopK(4), hook_name="layers.1", hook_name_out="layers.2", apply_b_dec_to_input=False)
-    with pytest.raises(SaekitError, match=r"layers\.1 -> layers\.2 is a transcoder.*splice in an autoencoder"):
-        run_with_saes(target, IDS, {FIRST: sae})
+# --- transcoders
+
+READ, WRITTEN = Site("layers.1.mlp", Side.INPUT), Site("layers.1.mlp")
+
+
+def transcoder(rule=None, *, skip: bool = False, **cfg) -> SAE:
+    names = {"hook_name": str(READ), "hook_name_out": str(WRITTEN)} | cfg
+    settings = SAEConfig(d_in=WIDTH, d_sae=48, d_out=WIDTH, apply_b_dec_to_input=False, **names)
+    made = SAE(WIDTH, 48, rule or TopK(4), skip=skip, cfg=settings)
+    for parameter in (made.b_dec, *([made.skip] if made.skip is not None else [])):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_a_transcoder_with_its_error_term_and_no_edit_changes_not_a_bit(target, skip, grad):
+    with torch.set_grad_enabled(grad):
+        got = run_with_saes(target, IDS, [transcoder(skip=skip)], mask=TOKENS)
+        assert torch.equal(got, target.run(IDS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_a_transcoder_stands_in_for_the_module_and_its_edits_are_written_behind_it(target, skip):
+    sae = transcoder(skip=skip)
+    seen = target.read(IDS, [READ, WRITTEN])
+    want = seen[WRITTEN].clone()
+    want[:, 1:] = sae(seen[READ][:, 1:])
+    got, cache = run_with_cache_with_saes(target, IDS, [sae], use_error_term=False, mask=TOKENS)
+    assert torch.equal(got, target.run(IDS, edits={WRITTEN: lambda _: want}))
+    assert torch.equal(cache["layers.1.mlp:in.hook_sae_input"], seen[READ])
+    torch.testing.assert_close(cache["layers.1.mlp:in.hook_sae_output"], want)
+    with spliced(target, [sae], mask=TOKENS, edits={READ: add_to(7, 2.0, column=3)}):
+        edited = target.run(IDS)
+    moved = seen[WRITTEN].clone()
+    moved[:, 3] += 2.0 * sae.decoder[7]
+    torch.testing.assert_close(edited, target.run(IDS, edits={WRITTEN: lambda _: moved}))
+    _, cache = run_with_cache_with_saes(target, IDS, [sae], mask=TOKENS)
+    error = cache["layers.1.mlp:in.hook_sae_error"]
+    torch.testing.assert_close(error[:, 1:], seen[WRITTEN][:, 1:] - sae(seen[READ][:, 1:]))
+    assert not error[:, 0].any()
+
+
+def test_the_gradient_goes_through_the_transcoder_and_not_through_the_module(target):
+    sae = transcoder(Threshold(0.05))
+    kept = target.read(IDS, [READ, WRITTEN])
+    error = (kept[WRITTEN] - sae(kept[READ])).detach()
+    error[:, 0] = 0.0
+    start = {}
+
+    def watch(x: Tensor) -> Tensor:
+        start["x"] = x.detach().requires_grad_()
+        return start["x"]
+
+    def by_hand(y: Tensor) -> Tensor:
+        row = sae(start["x"].flatten(0, 1)).view_as(y) + error
+        return torch.cat([y[:, :1], row[:, 1:]], 1)
+
+    def gradient(context) -> Tensor:
+        with context:
+            value = target.run(IDS)[:, -1].logsumexp(-1).sum()
+        return torch.autograd.grad(value, start["x"])[0]
+
+    want = gradient(target.editing({READ: watch, WRITTEN: by_hand}))
+    with target.editing({READ: watch}):
+        got = gradient(spliced(target, [sae], mask=TOKENS))
+        untouched = gradient(nullcontext())
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+    assert (want - untouched).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_transcoder_and_an_sae_meet_at_one_tensor(target):
+    """What the transcoder writes is what the SAE there reads; another SAE where it reads comes first."""
+    writer, reader = transcoder(), sae_of(seed=3)
+    edits = {READ: add_to(7, 2.0)}
+    seen = []
+    with spliced(target, {READ: writer, WRITTEN: reader}, mask=TOKENS, edits=edits, on_seen=seen.append):
+        target.run(IDS)
+    first, second = seen
+    assert (first.site, second.site) == (READ, WRITTEN)
+    assert torch.equal(first.output, second.x) and not torch.equal(first.y, second.x)
+
+
+def test_a_transcoder_that_cannot_be_placed_is_refused(target):
+    with pytest.raises(SaekitError, match=r"reads layers\.1\.mlp:out later than it writes layers\.1\.mlp:in; swap"):
+        run_with_saes(target, IDS, [transcoder(hook_name=str(WRITTEN), hook_name_out=str(READ))], mask=TOKENS)
+    with pytest.raises(SaekitError, match=r"transcoder at layers\.1:out does not record where it writes"):
+        run_with_saes(target, IDS, {Site("layers.1"): wide_transcoder()}, mask=TOKENS)
+    with pytest.raises(ShapeError, match=r"layers\.2:out has vectors .*16\), but what was read .* as .*20\)"):
+        run_with_saes(target, IDS, {Site("layers.1"): wide_transcoder(hook_name_out="layers.2")}, mask=TOKENS)
+    both = {READ: transcoder(), Site("layers.0.mlp", Side.INPUT): transcoder()}
+    with pytest.raises(SaekitError, match=r"are the same tensor of .*; splice in one SAE that writes there"):
+        run_with_saes(target, IDS, both, mask=TOKENS)
+
+
+def wide_transcoder(**cfg) -> SAE:
+    return SAE(WIDTH, 48, TopK(4), cfg=SAEConfig(d_in=WIDTH, d_sae=48, d_out=20, apply_b_dec_to_input=False, **cfg))
 
 
 # --- the cache

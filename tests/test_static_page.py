@@ -29,7 +29,9 @@ from saekit.dashboards import (
     write_page,
     zipf_plot,
 )
+from saekit.dashboards.feature_effect import effect_of
 from saekit.dashboards.page_data import ExampleLayout
+from saekit.dashboards.page_of_sae import with_effects
 from saekit.dashboards.plots import (
     density_bars,
     l0_bars,
@@ -41,6 +43,8 @@ from saekit.dashboards.plots import (
 from saekit.dashboards.static_page import json_in_html, render_page
 from saekit.density import ZipfFit
 from saekit.errors import FileError, ShapeError
+from saekit.patching.corpus_effects import CorpusEffects, ExactCheck
+from saekit.patching.effects_file import KeptEffects
 
 N_ROWS, CONTEXT, N_FEATURES, BOS = 12, 16, 8, 0
 HOSTILE = [
@@ -385,3 +389,40 @@ def test_a_browser_shows_the_overview_and_says_when_a_feature_has_no_page(tmp_pa
     missing = seen_in_browser(tmp_path, "#feature=77")
     assert "data-error" not in missing.split("<head>")[0]
     assert "Feature 77 has no page here" in missing
+
+
+def measured_effects() -> KeptEffects:
+    """Of 8 features, the last never active; 0 and 6 are checked."""
+    steps = torch.arange(N_FEATURES, dtype=torch.float64)
+    active = torch.tensor([9] * 7 + [0])
+    effects = CorpusEffects(steps / 10, steps / 20, steps / 5, steps / 100, active, rows=3)
+    check = ExactCheck(
+        torch.tensor([0, 6]),
+        torch.tensor([0.5, 0.75], dtype=torch.float64),
+        torch.tensor([0.625, 0.875], dtype=torch.float64),
+        rank_correlation=0.91,
+        slope=1.25,
+    )
+    return KeptEffects(effects, check, {})
+
+
+def test_an_effect_is_shown_with_its_exact_check_or_not_at_all():
+    shown = {page.feature: page.effect for page in with_effects(small_page(), measured_effects()).features}
+    assert (shown[5].attributed, shown[5].low, shown[5].high, shown[5].random) == (0.5, 0.25, 1.0, 0.05)
+    assert (shown[5].exact, shown[5].on_checked) == (None, None)
+    assert (shown[0].exact, shown[0].on_checked) == (0.625, 0.5)
+    assert {(one.rank_correlation, one.slope, one.checked) for one in shown.values()} == {(0.91, 1.25, 2)}
+    assert effect_of(measured_effects(), 7) is None
+    assert 'value="effect"' in render_page(with_effects(small_page(), measured_effects()))
+    assert 'value="effect"' not in render_page(small_page())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
+def test_a_browser_shows_the_effect_of_a_feature_and_how_far_to_trust_it(tmp_path: Path):
+    write_page(tmp_path / "page.html", with_effects(small_page(), measured_effects()))
+    checked, unchecked = (seen_in_browser(tmp_path, f"#feature={feature}") for feature in (0, 5))
+    assert "data-error" not in checked.split("<head>")[0]
+    assert "+0.625" in checked and "not among them" not in checked.partition("<article")[2].partition("<script")[0]
+    article = unchecked.partition("<article")[2].partition("</article>")[0]
+    assert "+0.5" in article and "+0.25 to +1" in article and "not among them" in article
+    assert "rank correlation 0.91, and exact is 1.3 times the estimate" in article

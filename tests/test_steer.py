@@ -149,6 +149,8 @@ def test_far_edits_are_warned_of_on_stderr(capsys, strongest):
         (["--features", "1", "--how", "zero", "--amount", "2"], "--how zero takes no number"),
         (["--features", "1", "--amount", "0"], "Add(0) changes nothing"),
         (["--features", "1", "--amount", "5", "--tokens", "100000"], "shorten the prompt or ask for fewer"),
+        (["--features", "1", "--amount", "nan"], "--amount nan is no strength; pass a finite number"),
+        (["--features", "69", "69", "--amount", "5"], "--features names 69 more than once; name each feature once"),
         (["--features", "1", "--amount", "5", "--tokens", "0"], "give at least 1 token"),
         (["--features", "1", "--amount", "5", "--site", "layers.77"], "no submodule named 'layers.77'"),
         (["--features", "1", "--amount", "5", "--sae", "nowhere"], "no file or folder"),
@@ -170,7 +172,7 @@ def test_a_feature_that_is_never_active_cannot_be_zeroed_in_silence(capsys, targ
         capsys, PROMPT, "--sae", str(tmp_path / "sae"), "--features", "7", "--how", "zero", "--tokens", "2"
     )
     assert code == 1
-    assert "changed nothing: its features were not active" in err
+    assert "--how zero changed nothing: feature 7 was not active" in err and "may_idle" not in err
 
 
 def test_what_cannot_generate_is_refused(target):

@@ -14,6 +14,7 @@ from saekit.analysis.concept_scores import ConceptScores
 from saekit.analysis.concepts import Concept
 from saekit.analysis.feature_pass import NO_EXAMPLE, ExampleTable, FeatureMeasurements
 from saekit.analysis.featured import EncodeRows, ExampleWindow, LogitEffects, windows
+from saekit.dashboards.feature_effect import FeatureEffect
 from saekit.density import ZipfFit, zipf_fit
 from saekit.errors import ShapeError
 
@@ -75,6 +76,7 @@ class FeaturePage:
     promoted: tuple[tuple[int, float], ...]
     suppressed: tuple[tuple[int, float], ...]
     groups: tuple[ExampleGroup, ...]
+    effect: FeatureEffect | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

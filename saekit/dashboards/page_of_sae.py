@@ -1,7 +1,7 @@
 """From an SAE and its model to the data of a page: one pass over the rows, and a second look at the examples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,9 @@ from saekit.activations.tokens import TokenRows
 from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.feature_pass import AddressedCodes, FeatureMeasurements, measure_features
 from saekit.analysis.featured import interesting_features, logit_effects
+from saekit.dashboards.feature_effect import effect_of
 from saekit.dashboards.page_data import PageData, build_page_data, token_texts
+from saekit.patching.effects_file import KeptEffects
 from saekit.sae import SAE
 from saekit.targets import Target
 
@@ -50,6 +52,7 @@ def page_of_sae(
     metrics: Mapping[str, float | int],
     documents: Sequence[Document] = (),
     n_features: int = 60,
+    kept: KeptEffects | None = None,
     on_progress: Callable[[int], None] = lambda rows_done: None,
 ) -> tuple[PageData, FeatureMeasurements]:
     """The most interesting features of `sae` over the rows of `harvest`, ready for `write_page`.
@@ -59,6 +62,7 @@ def page_of_sae(
         metrics: shown on the first screen, under the names that `Evaluation.metrics` uses.
         documents: Python modules that the rows were made from; features are then scored against the
             concepts of their source. Leave it out for any other text.
+        kept: what the features do to the loss, if that was measured.
     """
     rows, (site,) = harvest.rows, harvest.sites
     labels = label_tokens(rows, documents) if documents else None
@@ -82,7 +86,12 @@ def page_of_sae(
         concepts=labels.concepts if labels is not None else (),
         effects=effects,
     )
-    return page, measured
+    return page if kept is None else with_effects(page, kept), measured
+
+
+def with_effects(page: PageData, kept: KeptEffects) -> PageData:
+    """The page with what each of its features does to the loss."""
+    return replace(page, features=tuple(replace(one, effect=effect_of(kept, one.feature)) for one in page.features))
 
 
 def unembedding(target: Target, d_model: int) -> Float[Tensor, "vocab d_model"] | None:

@@ -19,6 +19,10 @@ from saekit.targets.passes import Passes
 FAR = 2.0
 
 
+class IdleEditError(SaekitError):
+    """An edit that was to change something and did not."""
+
+
 @dataclass(slots=True)
 class Deeds:
     """What one intervention met and did."""
@@ -99,7 +103,7 @@ class Account:
                     f"{intervention}: position {missed[0]} is out of range; the text had {deeds.longest} tokens"
                 )
             if deeds.changed == 0 and not intervention.may_idle:
-                raise SaekitError(f"{intervention} changed nothing: {_why(intervention, deeds)}")
+                raise IdleEditError(f"{intervention} changed nothing: {_why(intervention, deeds)}")
 
 
 def _why(intervention: Intervention, deeds: Deeds) -> str:

@@ -25,7 +25,7 @@ from saekit.errors import SaekitError
 from saekit.kernels.entries import decode_rows
 from saekit.patching.effects import Candidates, Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
-from saekit.patching.splice import write
+from saekit.patching.splice import write, writing_site
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -87,12 +87,13 @@ def attribute(
         whole = written
         if other is not None:
             whole = torch.where(own.grid.keep[..., None], other.vectors - own.vectors, 0.0)
+    written_at = writing_site(sae, site)
     points = [0.0] if steps == 0 else [(i + 0.5) / steps for i in range(steps)]
     gradient = torch.zeros_like(own.vectors)
     for part in torch.arange(len(ids)).split(batch_rows):
         for point in points:
             start = own.vectors[part] + point * whole[part]
-            gradient[part] += gradient_at(target, site, ids[part], metric, part, start) / len(points)
+            gradient[part] += gradient_at(target, written_at, ids[part], metric, part, start) / len(points)
     token = change.token_of_entry()
     context = ids.shape[1]
     return Attribution(

@@ -9,7 +9,8 @@
 
 Only sparse codes are kept; a dense tensor is made when it is asked for, each time anew. At a token that
 the mask leaves out the activations are 0, the reconstruction is the input and the error 0, so that
-reconstruction + error = output everywhere.
+reconstruction + error = output everywhere. Of a transcoder, reconstruction, error and output are of the tensor
+that it writes, and stand under the Site that it reads.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -99,12 +100,12 @@ def _acts_post(seen: Seen) -> Tensor:
 def _recons(seen: Seen) -> Tensor:
     rows = _rows(seen)
     decoded = seen.sae.decode(seen.codes, rows)
-    return _over_input(seen, decoded if seen.added is None else decoded + write(seen.added, seen.sae, rows))
+    return _over_output(seen, decoded if seen.added is None else decoded + write(seen.added, seen.sae, rows))
 
 
 def _error(seen: Seen) -> Tensor:
-    clean = _over_input(seen, seen.sae.decode(seen.codes, _rows(seen)))
-    return (seen.x - clean).detach()
+    clean = _over_output(seen, seen.sae.decode(seen.codes, _rows(seen)))
+    return (seen.y - clean).detach()
 
 
 _ENTRIES: dict[str, Callable[[Seen], Tensor]] = {
@@ -130,5 +131,5 @@ def _on_grid(seen: Seen, rows: Tensor) -> Tensor:
     return rows.new_zeros(*seen.x.shape[:-1], rows.shape[1]).index_put((_kept(seen),), rows)
 
 
-def _over_input(seen: Seen, rows: Tensor) -> Tensor:
-    return seen.x.index_put((_kept(seen),), rows.to(seen.x))
+def _over_output(seen: Seen, rows: Tensor) -> Tensor:
+    return seen.y.index_put((_kept(seen),), rows.to(seen.y))

@@ -1,9 +1,13 @@
 """What every feature of an SAE does for the model's predictions, over a corpus, in one pass.
 
-The effect of a feature is the change of the loss, in nats over all later predictions of the row, when the
-feature is zeroed at one token where it is active: positive where the feature helps. It is estimated by
-attribution patching, one forward and one backward pass per batch for all features at once. `check_exactly`
-measures some of them.
+The effect of a feature is the change of the loss, in nats, when the feature is zeroed everywhere in a row, per
+token on which it is active there: positive where the feature helps. It is estimated by attribution to second
+order (`saekit.patching.curvature`): a forward and a few backward passes per batch for all features at once.
+`check_exactly` measures some of them.
+
+Both go through the rows batch by batch and add up. The sums are frozen values that say all there is to say about
+the rows done, and whatever is drawn at random depends on the seed and the batch alone: a pass that goes on from
+sums gives the same numbers, bit for bit, as one that was never interrupted.
 """
 
 from collections.abc import Callable
@@ -16,10 +20,12 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
 from saekit.codes import SparseCodes
-from saekit.errors import DataError
-from saekit.patching.attribution import along_decoder, attribute, difference, gradient_at
+from saekit.errors import DataError, SaekitError
+from saekit.patching.attribution import difference
+from saekit.patching.curvature import DRAWS, by_row, loss_gradients, second_order
 from saekit.patching.effects import EVERYWHERE, Candidates, exact_effects, read_prompts
 from saekit.patching.metric import NextTokenLoss
+from saekit.patching.splice import writing_site
 from saekit.patching.statistics import rank_correlation, with_random_decoder
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
@@ -47,6 +53,52 @@ class CorpusEffects:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class EffectSums:
+    """What the rows read so far add up to.
+
+    Attributes:
+        rows: how many were read.
+        total: of effects, of the control's, of active tokens.
+        drawn: of effects and of active tokens, in each resample of the rows.
+    """
+
+    rows: int
+    total: Float[Tensor, "3 n_features"]
+    drawn: Float[Tensor, "2 resamples n_features"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EffectSettings:
+    """What decides the numbers, beside model, SAE and text.
+
+    Attributes:
+        draws: continuations drawn per row for the curvature of the loss; 0 for first order alone.
+        resamples: how often the rows are drawn anew for the intervals. Each row counts as often as a Poisson
+            variable of mean 1 says, which is the bootstrap for rows that are read once and not kept.
+        batch_rows: rows per forward pass.
+        seed: of the draws and of the control.
+    """
+
+    draws: int = DRAWS
+    resamples: int = 200
+    batch_rows: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("draws", 0), ("resamples", 1), ("batch_rows", 1)):
+            if getattr(self, name) < least:
+                raise SaekitError(f"{name}={getattr(self, name)}; give {least} or more")
+
+    def parts(self, rows: int, *, done: int) -> list[Int[Tensor, " batch"]]:
+        """The batches of so many rows that are still to be done, after the first `done` rows."""
+        return [part for part in torch.arange(rows).split(self.batch_rows) if int(part[0]) >= done]
+
+    def seed_of(self, part: Int[Tensor, " batch"]) -> int:
+        """For what is drawn in one batch."""
+        return self.seed * 1_000_003 + int(part[0])
+
+
 def corpus_effects(
     target: Target,
     sae: SAE,
@@ -54,62 +106,70 @@ def corpus_effects(
     rows: TokenRows,
     *,
     mask: MaskPolicy = MaskPolicy(),
-    batch_rows: int = 16,
-    resamples: int = 200,
-    seed: int = 0,
-    on_progress: Callable[[int], None] = lambda rows_done: None,
+    settings: EffectSettings = EffectSettings(),
+    after: EffectSums | None = None,
+    on_batch: Callable[[EffectSums], None] = lambda sums: None,
 ) -> CorpusEffects:
     """Attribute the loss of `rows` to every feature, with intervals and a control.
 
     Args:
-        resamples: how often the rows are drawn anew for the intervals. Each row counts as often as a Poisson
-            variable of mean 1 says, which is the bootstrap for rows that are read once and not kept.
-        on_progress: called with the number of rows done since the last call.
+        after: what an earlier pass over the same rows came to, to go on from there.
+        on_batch: is given the sums after every batch.
 
     Raises:
         DataError: if no feature is active on any token that counts.
     """
     tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
-    control = with_random_decoder(sae, seed=seed)
-    loss = NextTokenLoss(rows.ids, rows.pad)
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(3, sae.n_features, dtype=torch.float64)  # of effects, of the control, of active tokens
-    drawn = torch.zeros(2, resamples, sae.n_features, dtype=torch.float64)  # of effects and of active tokens
-    for part in torch.arange(len(rows)).split(batch_rows):
-        own = read_prompts(target, sae, site, rows.ids[part], mask=tokens, batch_rows=batch_rows)
-        gradient = gradient_at(target, site, rows.ids[part], loss, part, own.vectors).flatten(0, 1).to(sae.b_dec)
-        change = difference(own.codes, None)
-        sums = torch.stack(
-            [_by_row(change, along_decoder(change, gradient, which).cpu(), len(part)) for which in (sae, control)]
-            + [_by_row(change, torch.ones(len(change.values)), len(part))]
-        )  # (3, rows of the batch, n_features)
-        total += sums.sum(1)
-        weight = torch.poisson(torch.ones(resamples, len(part), dtype=torch.float64), generator=generator)
-        drawn += weight @ sums[[0, 2]]
-        on_progress(len(part))
+    control = with_random_decoder(sae, seed=settings.seed)
+    sums = after or EffectSums(
+        0,
+        torch.zeros(3, sae.n_features, dtype=torch.float64),
+        torch.zeros(2, settings.resamples, sae.n_features, dtype=torch.float64),
+    )
+    for part in settings.parts(len(rows), done=sums.rows):
+        change, (effect, of_control) = _estimate(
+            target, (sae, control), site, rows.select(part), tokens, settings, settings.seed_of(part)
+        )
+        found = torch.stack([effect, of_control, by_row(change, torch.ones_like(change.values), len(part))])
+        generator = torch.Generator().manual_seed(settings.seed_of(part))
+        often = torch.ones(settings.resamples, len(part), dtype=torch.float64)
+        weight = torch.poisson(often, generator=generator)  # (resamples, rows of the batch)
+        sums = EffectSums(sums.rows + len(part), sums.total + found.sum(1), sums.drawn + weight @ found[[0, 2]])
+        on_batch(sums)
+    total, drawn = sums.total, sums.drawn
     if not bool(total[2].any()):
         raise DataError("no feature is active on any token that counts; give more text or another mask")
     fired = total[2].clamp(min=1)
     means = drawn[0] / drawn[1].clamp(min=1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return CorpusEffects(total[0] / fired, low, high, total[1] / fired, total[2].long(), len(rows))
+    return CorpusEffects(total[0] / fired, low, high, total[1] / fired, total[2].long(), sums.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class ExactCheck:
-    """Attributed against exact effects: of zeroing a feature everywhere in a row, mean over rows, in nats.
+    """Attributed against exact effects, in nats per token on which the feature is active.
 
     Attributes:
         feature: `(m,)`.
         attributed: `(m,)`.
         exact: `(m,)`.
         rank_correlation: Spearman's, between the two.
+        slope: exact nats per attributed one: the line through 0 with the least sum of absolute errors.
     """
 
     feature: Int[Tensor, " m"]
     attributed: Float[Tensor, " m"]
     exact: Float[Tensor, " m"]
     rank_correlation: float
+    slope: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSums:
+    """What the rows checked so far add up to: of attributed and exact effects, and of active tokens."""
+
+    rows: int
+    total: Float[Tensor, "3 m"]
 
 
 def check_exactly(
@@ -120,30 +180,61 @@ def check_exactly(
     features: Int[Tensor, " m"],
     *,
     mask: MaskPolicy = MaskPolicy(),
-    batch_rows: int = 16,
-    on_progress: Callable[[int], None] = lambda candidates_done: None,
+    settings: EffectSettings = EffectSettings(),
+    after: CheckSums | None = None,
+    on_batch: Callable[[CheckSums], None] = lambda sums: None,
 ) -> ExactCheck:
-    """Zero each feature everywhere in each row where it is active, and run the model: one row per pair."""
-    tokens, loss = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad), NextTokenLoss(rows.ids, rows.pad)
-    found = attribute(target, sae, site, rows.ids, loss, mask=tokens, batch_rows=batch_rows)
-    at, attributed = found.everywhere()
-    wanted = torch.isin(at.feature, features.to(at.feature.device)).nonzero()[:, 0]
-    pairs = Candidates(at.prompt[wanted], torch.full_like(wanted, EVERYWHERE), at.feature[wanted])
-    exact = exact_effects(
-        target, sae, site, rows.ids, loss, pairs, mask=tokens, batch_rows=batch_rows, on_progress=on_progress
+    """Zero each feature everywhere in each row where it is active, and run the model: one row per pair.
+
+    Arguments as for `corpus_effects`.
+    """
+    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
+    sums = after or CheckSums(0, torch.zeros(3, len(features), dtype=torch.float64))
+    for part in settings.parts(len(rows), done=sums.rows):
+        batch = rows.select(part)
+        change, (attributed,) = _estimate(target, (sae,), site, batch, tokens, settings, settings.seed_of(part))
+        active = by_row(change, torch.ones_like(change.values), len(part))[:, features.cpu()]
+        row, place = active.nonzero(as_tuple=True)
+        pairs = Candidates(row, torch.full_like(row, EVERYWHERE), features.cpu()[place])
+        loss = NextTokenLoss(batch.ids, batch.pad)
+        exact = exact_effects(
+            target, sae, site, batch.ids, loss, pairs, mask=tokens, batch_rows=settings.batch_rows
+        )  # (pairs,)
+        of_feature = torch.zeros(len(features), dtype=torch.float64).index_add_(0, place, exact)
+        found = torch.stack([attributed[:, features.cpu()].sum(0), of_feature, active.sum(0)])
+        sums = CheckSums(sums.rows + len(part), sums.total + found)
+        on_batch(sums)
+    attributed, exact = sums.total[:2] / sums.total[2].clamp(min=1)
+    return ExactCheck(
+        features, attributed, exact, rank_correlation(attributed, exact), _slope_through_zero(attributed, exact)
     )
-    place = torch.full((sae.n_features,), -1, dtype=torch.int64)
-    place[features.cpu()] = torch.arange(len(features))
-    group = place[pairs.feature.cpu()]
-    means = torch.zeros(2, len(features), dtype=torch.float64)
-    means.index_add_(1, group, torch.stack([attributed[wanted].cpu(), exact]))
-    means /= len(rows)
-    return ExactCheck(features, means[0], means[1], rank_correlation(means[0], means[1]))
 
 
-def _by_row(codes: SparseCodes, values: Tensor, n_rows: int) -> Float[Tensor, "rows n_features"]:
-    """Sums of values of entries over the tokens of each row."""
-    context = codes.n_tokens // n_rows
-    row = (codes.token_of_entry() // context).cpu()
-    sums = torch.zeros(n_rows * codes.n_features, dtype=torch.float64)
-    return sums.index_add_(0, row * codes.n_features + codes.features.cpu(), values.double()).view(n_rows, -1)
+def _estimate(
+    target: Target,
+    saes: tuple[SAE, ...],
+    site: Site,
+    rows: TokenRows,
+    tokens: TokenMask,
+    settings: EffectSettings,
+    seed: int,
+) -> tuple[SparseCodes, list[Float[Tensor, "rows n_features"]]]:
+    """The ablation of every feature of the first SAE, and its effect on the loss of each row for each of the SAEs,
+    which share their codes."""
+    own = read_prompts(target, saes[0], site, rows.ids, mask=tokens, batch_rows=settings.batch_rows)
+    gradients = loss_gradients(
+        target, writing_site(saes[0], site), rows.ids, own.vectors, pad=rows.pad, draws=settings.draws, seed=seed
+    )  # (rows, context, d_model) each
+    change = difference(own.codes, None)
+    return change, [second_order(change, gradients, sae) for sae in saes]
+
+
+def _slope_through_zero(x: Float[Tensor, " m"], y: Float[Tensor, " m"]) -> float:
+    """The median of y / x, each counted as much as |x|; nan if all of x is 0."""
+    used = x != 0
+    slope, weight = (y[used] / x[used]), x[used].abs()
+    if not len(slope):
+        return float("nan")
+    order = slope.argsort()
+    middle = int((weight[order].cumsum(0) >= weight.sum() / 2).nonzero()[0])
+    return float(slope[order][middle])

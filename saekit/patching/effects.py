@@ -17,7 +17,7 @@ from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching.coordinates import strength_of
 from saekit.patching.metric import Metric
-from saekit.patching.splice import Encoded, spliced
+from saekit.patching.splice import Encoded, spliced, writing_site
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -55,12 +55,13 @@ class Prompts:
     """Prompts as the SAE at a Site sees them.
 
     Attributes:
-        vectors: `(prompts, context, d_model)` activations at the Site.
+        vectors: `(prompts, context, d_out)` activations where the SAE writes, which is where it reads unless it is a
+            transcoder.
         grid: which tokens count.
         codes: of every token, in the order of the flattened prompts; none where a token does not count.
     """
 
-    vectors: Float[Tensor, "prompts context d_model"]
+    vectors: Float[Tensor, "prompts context d_out"]
     grid: Grid
     codes: SparseCodes
 
@@ -88,7 +89,9 @@ def read_prompts(
         SaekitError: a Site of every call (`@*`); effects are of one tensor.
     """
     _check_one_call(site)
-    vectors = torch.cat([target.read(part, [site])[site] for part in ids.split(batch_rows)])
+    written = writing_site(sae, site)
+    read = [target.read(part, list({site, written})) for part in ids.split(batch_rows)]
+    vectors, out = (torch.cat([part[at] for part in read]) for at in (site, written))
     grid = grid_of(vectors, site, Passes(0, given=Given(ids.to(vectors.device))), TokenMask.of(target, mask))
     kept = grid.keep.flatten().nonzero()[:, 0]
     rows = vectors.flatten(0, 1)[kept].to(sae.b_dec)
@@ -100,7 +103,7 @@ def read_prompts(
         n_tokens=ids.numel(),
         n_features=sae.n_features,
     )
-    return Prompts(vectors, grid, spread)
+    return Prompts(out, grid, spread)
 
 
 @torch.no_grad()
@@ -115,7 +118,8 @@ def exact_effects(
     other: Prompts | None = None,
     mask: MaskPolicy | TokenMask = MaskPolicy(),
     batch_rows: int = 64,
-    on_progress: Callable[[int], None] = lambda candidates_done: None,
+    after: Float[Tensor, " done"] | None = None,
+    on_batch: Callable[[Tensor], None] = lambda effects: None,
 ) -> Float[Tensor, " n"]:
     """Effect of each candidate on the metric of its prompt, in float64.
 
@@ -123,7 +127,8 @@ def exact_effects(
         ids: the prompts, of one length; a shorter one is padded on the right.
         other: the same prompts corrupted (or clean, if `ids` are the corrupted ones): an edit gives the
             feature the strength that it has there. Without it the edit is to 0, the feature's ablation.
-        on_progress: called with the number of candidates done since the last call.
+        after: effects of the first candidates from a call that was stopped, to go on from.
+        on_batch: is given the effects so far after every batch.
 
     Raises:
         SaekitError: a candidate that the prompts or the dictionary do not have, or at a masked token.
@@ -134,15 +139,17 @@ def exact_effects(
     if other is not None:
         check_same_places(ids, other.grid.keep)
     base = metric_of(target, ids, metric, batch_rows=batch_rows)
-    effects: list[Tensor] = []
-    for part in torch.arange(len(candidates)).split(batch_rows):
+    effects = torch.zeros(0, dtype=torch.float64) if after is None else after
+    for part in torch.arange(len(effects), len(candidates)).split(batch_rows):
+        if not len(part):  # nothing is one empty part
+            break
         chosen = Candidates(candidates.prompt[part], candidates.position[part], candidates.feature[part])
         edit = _edit_each_row(chosen, other)
         with spliced(target, {site: sae}, mask=tokens, edits={site: edit}):
             logits = target.run(ids[chosen.prompt])
-        effects.append(metric(logits, chosen.prompt).double().cpu() - base[chosen.prompt])
-        on_progress(len(part))
-    return torch.cat(effects) if effects else torch.zeros(0, dtype=torch.float64)
+        effects = torch.cat([effects, metric(logits, chosen.prompt).double().cpu() - base[chosen.prompt]])
+        on_batch(effects)
+    return effects
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from saekit.errors import SaekitError
 from saekit.patching.attribution import along_decoder, difference
 from saekit.patching.effects import Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
-from saekit.patching.splice import write
+from saekit.patching.splice import write, writing_site
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -60,10 +60,15 @@ class Behaviour:
     ids: Int[Tensor, "prompts context"]
     metric: Metric
     own: Prompts
-    whole: Float[Tensor, "prompts context d_model"]
+    whole: Float[Tensor, "prompts context d_out"]
     change: SparseCodes
     base: float
     goal: float
+
+    @property
+    def written(self) -> Site:
+        """Where features are patched in."""
+        return writing_site(self.sae, self.site)
 
     def vectors(self, features: Int[Tensor, " m"], *, all_but: bool) -> Tensor:
         """Activations with the features patched in, or everything but them."""
@@ -77,7 +82,7 @@ class Behaviour:
         """How sufficient and how necessary a set is."""
         with torch.no_grad():
             alone, without = (
-                _value(self.target, self.site, self.ids, self.metric, self.vectors(features, all_but=all_but))
+                _value(self.target, self.written, self.ids, self.metric, self.vectors(features, all_but=all_but))
                 for all_but in (False, True)
             )
         effect = self.goal - self.base
@@ -104,7 +109,9 @@ def read_behaviour(
     own, other = (read_prompts(target, sae, site, side, mask=mask) for side in (ids, other_ids))
     whole = torch.where(own.grid.keep[..., None], other.vectors, own.vectors)
     with torch.no_grad():
-        base, goal = (float(_value(target, site, ids, metric, vectors)) for vectors in (own.vectors, whole))
+        base, goal = (
+            float(_value(target, writing_site(sae, site), ids, metric, vectors)) for vectors in (own.vectors, whole)
+        )
     if base == goal:
         raise SaekitError(
             f"the metric is {base:.4g} with and without what {site} has on the other prompts; choose another Site, "
@@ -135,7 +142,7 @@ def greedy_set(behaviour: Behaviour, *, size: int) -> SetCurve:
     for _ in range(size):
         with torch.enable_grad():
             start = behaviour.vectors(chosen, all_but=False).requires_grad_()
-            value = _value(behaviour.target, behaviour.site, behaviour.ids, behaviour.metric, start)
+            value = _value(behaviour.target, behaviour.written, behaviour.ids, behaviour.metric, start)
             gradient = torch.autograd.grad(value, start)[0]
         promise = along_decoder(change, gradient.flatten(0, 1).to(behaviour.sae.b_dec), behaviour.sae) * upwards
         of_feature = promise.new_full((change.n_features,), -torch.inf)

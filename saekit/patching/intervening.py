@@ -19,7 +19,7 @@ from saekit.patching.account import Account, Claims
 from saekit.patching.coordinates import columns_of, pairs_of, unit
 from saekit.patching.intervention import AllBut, Intervention, When
 from saekit.patching.operation import Add, Chosen
-from saekit.patching.splice import CodeEdit, Encoded, SAEs, Seen, place_saes, spliced
+from saekit.patching.splice import CodeEdit, Encoded, SAEs, Seen, place_saes, spliced, writing_site
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -169,7 +169,8 @@ class _Run:
         change = (intervention.operation(pairs.old, chosen) - pairs.old).reshape(-1)
         token, feature = pairs.address()
         keys = token * encoded.sae.n_features + feature
-        self.claims_at(grid, intervention.site).claim_entries(intervention, wanted, keys)
+        written = writing_site(encoded.sae, intervention.site)
+        self.claims_at(grid, written).claim_entries(intervention, wanted, keys)
         changed = (change != 0).nonzero()[:, 0]
         token, feature, change = token[changed], feature[changed], change[changed]
         self.account.deeds[number].changed += len(changed)
@@ -281,7 +282,7 @@ class _Run:
         if seen.added is not None:
             edited = torch.zeros_like(seen.grid.keep)
             edited[seen.grid.keep] = (seen.added.row_starts.diff() > 0).to(edited.device)
-            self.compare(seen.site, seen.x, seen.output, edited, seen.grid)
+            self.compare(writing_site(seen.sae, seen.site), seen.y, seen.output, edited, seen.grid)
 
     def compare(self, site: Site, before: Tensor, after: Tensor, edited: Tensor, grid: Grid) -> None:
         before, after = (x.detach().float().reshape(*grid.keep.shape, x.shape[-1]) for x in (before, after))

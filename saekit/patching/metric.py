@@ -64,7 +64,12 @@ class NextTokenLoss:
 
     def __call__(self, logits: Logits, prompt: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         following = self.ids[prompt.to(self.ids.device), 1:].to(logits.device)
-        nats = cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), following, reduction="none"
-        )  # (batch, context - 1)
-        return (nats if self.pad is None else nats.masked_fill(following == self.pad, 0.0)).sum(1)
+        lost = nats(logits[:, :-1], following)
+        return (lost if self.pad is None else lost.masked_fill(following == self.pad, 0.0)).sum(1)
+
+
+def nats(
+    logits: Float[Tensor, "batch places vocabulary"], following: Int[Tensor, "batch places"]
+) -> Float[Tensor, "batch places"]:
+    """Loss of each prediction, in float32."""
+    return cross_entropy(logits.float().transpose(1, 2), following, reduction="none")

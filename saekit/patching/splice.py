@@ -7,11 +7,15 @@ so that with the error term a token whose codes nobody edits keeps its activatio
 edit adds exactly what the edited entries write. Without the error term the output is `decode(edited)`.
 Tokens that the mask leaves out pass by. Gradients go the way of the formula on the left: through
 encoder and decoder, not around them.
+
+A transcoder reads `x` at one Site and writes in the place of `y` at another, later one: `error = y - decode(codes)`
+and `output = y + decode(edited - codes)`, with the same promises.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +31,7 @@ from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
 from saekit.targets.passes import Passes
+from saekit.targets.target import Edit
 
 SAEs = Sequence[SAE] | Mapping[Site, SAE]
 """SAEs at the Sites that their cfg names, or at Sites given here."""
@@ -37,8 +42,9 @@ class Seen:
     """What one SAE met at one call of its Site.
 
     Attributes:
-        site: where, with the call that it was.
-        x: what the model computed.
+        site: where it reads, with the call that it was.
+        x: what the model computed there.
+        y: what the model computed where the SAE writes; `x` itself, unless it is a transcoder.
         grid: which tokens these are, and which of them count.
         codes: of the tokens that count, in the order of `grid.kept()`, before any edit.
         added: what the edit added to the codes; None where there was no edit. Its values may be negative.
@@ -48,10 +54,11 @@ class Seen:
     site: Site
     sae: SAE
     x: Float[Tensor, "*tokens d_model"]
+    y: Float[Tensor, "*tokens d_out"]
     grid: Grid
     codes: SparseCodes
     added: SparseCodes | None
-    output: Float[Tensor, "*tokens d_model"]
+    output: Float[Tensor, "*tokens d_out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ class Encoded:
 
 CodeEdit = Callable[[Encoded], SparseCodes | None]
 """What to add to the codes, over the same tokens; None for nothing. Values may be negative."""
+
+Hook = Callable[[Site, SAE], Edit]
 
 _NO_EDITS: Mapping[Site, CodeEdit] = MappingProxyType({})
 
@@ -125,53 +134,95 @@ def spliced(
         if site not in placed:
             raise UnknownNameError("spliced SAE", str(site), map(str, placed))
     tokens, passes = TokenMask.of(target, mask), Passes()
+    met: dict[tuple[Site, int], Met] = {}
 
-    def edit_at(site: Site, sae: SAE) -> Callable[[Tensor], Tensor]:
-        def edit(x: Tensor) -> Tensor:
+    def read_at(site: Site, sae: SAE) -> Edit:
+        def read(x: Tensor) -> Tensor:
             grid = grid_of(x, site, passes, tokens)
-            seen = splice_once(sae, x, grid, site=site, use_error_term=use_error_term, edit=edits.get(site))
+            met[site, grid.call] = meet(sae, x, grid, site=site, edit=edits.get(site))
+            return x
+
+        return read
+
+    def write_at(site: Site, sae: SAE) -> Edit:
+        def write(y: Tensor) -> Tensor:
+            here = met.pop((site, passes.call), None)
+            if here is None or here.grid.number != passes.number:
+                raise SaekitError(
+                    f"a transcoder reads {site} later than it writes {writing_site(sae, site)}; swap them"
+                )
+            seen = go_on(sae, here, y, use_error_term=use_error_term)
             if on_seen is not None:
                 on_seen(seen)
             return seen.output
 
-        return edit
+        return write
 
-    with target.editing({site: edit_at(site, sae) for site, sae in placed.items()}, passes=passes):
+    with target.editing(in_order(target, placed, read_at, write_at), passes=passes):
         yield passes
 
 
-def splice_once(
-    sae: SAE, x: Tensor, grid: Grid, *, site: Site, use_error_term: bool, edit: CodeEdit | None = None
-) -> Seen:
-    """One SAE on one tensor; see the module's docstring."""
-    site = Site(site.module, site.side, grid.call)
-    if sae.is_transcoder:
-        raise SaekitError(
-            f"{sae.cfg.hook_name or 'this SAE'} -> {sae.cfg.hook_name_out or 'another width'} is a transcoder, "
-            f"and what is spliced in writes where it reads, at {site}; splice in an autoencoder"
-        )
+def writing_site(sae: SAE, site: Site) -> Site:
+    """Where an SAE that reads at `site` writes: there, unless it is a transcoder.
+
+    Raises:
+        SaekitError: a transcoder that does not record where it writes.
+    """
+    if not sae.is_transcoder:
+        return site
+    if not sae.cfg.hook_name_out:
+        raise SaekitError(f"the transcoder at {site} does not record where it writes; give its cfg a hook_name_out")
+    return replace(Site.parse(sae.cfg.hook_name_out), call=site.call)
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What one SAE has read at one call of its Site, and not yet written; attributes as in `Seen`."""
+
+    site: Site
+    x: Tensor
+    rows: Tensor
+    grid: Grid
+    codes: SparseCodes
+    added: SparseCodes | None
+
+
+def meet(sae: SAE, x: Tensor, grid: Grid, *, site: Site, edit: CodeEdit | None) -> Met:
+    """Encode one tensor and ask what to change."""
+    site = replace(site, call=grid.call)
     if x.shape[-1] != sae.d_model:
         raise ShapeError(
             f"{site} has {x.shape[-1]} numbers per token, but this SAE encodes rows of {sae.d_model} numbers, got "
             f"{tuple(x.shape)}; splice it in at the Site it was trained on"
             f"{f' ({sae.cfg.hook_name})' if sae.cfg.hook_name else ''}"
         )
-    keep = grid.keep.reshape(x.shape[:-1])
-    rows = x[keep].to(sae.b_dec)
+    rows = x[grid.keep.reshape(x.shape[:-1])].to(sae.b_dec)
     codes = sae.encode(rows) if len(rows) else _no_codes(sae)
     added = edit(Encoded(site, sae, grid, rows, codes)) if edit is not None and len(rows) else None
-    reconstructed = None if use_error_term and not torch.is_grad_enabled() else sae.decode(codes, rows)
+    return Met(site, x, rows, grid, codes, added)
+
+
+def go_on(sae: SAE, met: Met, y: Tensor, *, use_error_term: bool) -> Seen:
+    """What the model goes on with in the place of `y`; see the module's docstring."""
+    if y.shape != (*met.x.shape[:-1], sae.d_out):
+        raise ShapeError(
+            f"{writing_site(sae, met.site)} has vectors {tuple(y.shape)}, but what was read at {met.site} is written "
+            f"as {(*met.x.shape[:-1], sae.d_out)}; splice it in at the Sites it was trained on"
+        )
+    rows, added = met.rows, met.added
+    reconstructed = None if use_error_term and not torch.is_grad_enabled() else sae.decode(met.codes, rows)
     if not len(rows) or (reconstructed is None and added is None):
-        return Seen(site, sae, x, grid, codes, added, x)
-    kept = x[keep]
+        return Seen(met.site, sae, met.x, y, met.grid, met.codes, added, y)
+    keep = met.grid.keep.reshape(y.shape[:-1])
+    kept = y[keep]
     if reconstructed is not None:
-        reconstructed = reconstructed.to(x)
+        reconstructed = reconstructed.to(y)
         kept = _ValueAlong.apply(kept.detach(), reconstructed) if use_error_term else reconstructed
     if added is not None:
-        kept = kept + write(added, sae, rows).to(x)
-    output = x.clone()
+        kept = kept + write(added, sae, rows).to(y)
+    output = y.clone()
     output[keep] = kept
-    return Seen(site, sae, x, grid, codes, added, output)
+    return Seen(met.site, sae, met.x, y, met.grid, met.codes, added, output)
 
 
 def write(codes: SparseCodes, sae: SAE, rows: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, "n_tokens d_model"]:
@@ -207,12 +258,38 @@ class _ValueAlong(torch.autograd.Function):
 
 
 def _check_apart(target: Target, placed: Mapping[Site, SAE]) -> None:
-    taken: dict[tuple[str, Any], Site] = {}
-    for site in placed:
-        own = site.resolve(target.model)
-        other = taken.setdefault((own.module, own.side), site)
-        if other is not site and (other.call is None or site.call is None or other.call == site.call):
-            raise SaekitError(f"{other} and {site} are the same tensor of {target.name}; splice in one SAE there")
+    """An SAE may read what a transcoder has written, but two of a kind would overwrite each other."""
+    taken: dict[tuple[str, Any, bool], Site] = {}
+    for site, sae in placed.items():
+        written = writing_site(sae, site)
+        own = _own(target, written)
+        other = taken.setdefault((own.module, own.side, sae.is_transcoder), written)
+        if other is not written and (other.call is None or written.call is None or other.call == written.call):
+            raise SaekitError(
+                f"{other} and {written} are the same tensor of {target.name}; splice in one SAE that writes there"
+            )
+
+
+def _own(target: Target, site: Site) -> Site:
+    return site.resolve(target.model)
+
+
+def in_order(target: Target, placed: Mapping[Site, SAE], read_at: Hook, write_at: Hook) -> dict[Site, Edit]:
+    """All that is done at each tensor; what transcoders write there, SAEs read, and what those write, transcoders."""
+    hooks: dict[Site, list[Edit]] = {}
+    transcoders = {site: sae for site, sae in placed.items() if sae.is_transcoder}
+    for site, sae in transcoders.items():
+        hooks.setdefault(_own(target, writing_site(sae, site)), []).append(write_at(site, sae))
+    for site, sae in placed.items():
+        if not sae.is_transcoder:
+            hooks.setdefault(_own(target, site), []).extend([read_at(site, sae), write_at(site, sae)])
+    for site, sae in transcoders.items():
+        hooks.setdefault(_own(target, site), []).append(read_at(site, sae))
+
+    def in_turn(several: Sequence[Edit]) -> Edit:
+        return lambda x: reduce(lambda x, one: one(x), several, x)
+
+    return {site: in_turn(several) for site, several in hooks.items()}
 
 
 def _no_codes(sae: SAE) -> SparseCodes:

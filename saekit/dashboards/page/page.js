@@ -74,6 +74,7 @@ const sorts = {
   dense: (a, b) => b.density - a.density,
   rare: (a, b) => a.density - b.density,
   max: (a, b) => b.max - a.max,
+  effect: (a, b) => (b.effect?.attributed ?? -Infinity) - (a.effect?.attributed ?? -Infinity),
 };
 
 function matches(feature, term) {
@@ -177,6 +178,7 @@ function featurePage(feature) {
   // two columns of about one height, with or without logits
   (feature.promoted.length ? left : right).append(conceptCard(feature));
   if (feature.promoted.length) right.append(logitCard(feature));
+  if (feature.effect) right.append(effectCard(feature.effect));
   return [head, summary(feature), el("div", { class: "panels" }, left, right), exampleCard(feature)];
 }
 
@@ -266,6 +268,21 @@ function logitCard(feature) {
   return el("section", { class: "card logit-card" },
     el("h2", { tabindex: "0", "data-tip": "what one unit of activation adds to a token's logit if the layers above pass it on unchanged" }, "Tokens it speaks for and against"),
     el("div", { class: "logits" }, column("promoted", "up", feature.promoted), column("suppressed", "down", feature.suppressed)));
+}
+
+function effectCard(effect) {
+  const nats = (value) => (value > 0 ? "+" : "") + number(value);
+  const stats = el("dl", { class: "stats" },
+    statistic("attributed", nats(effect.attributed), "estimated from gradients and the curvature of the loss"),
+    statistic("95 %", `${nats(effect.low)} to ${nats(effect.high)}`, "interval over rows of text"),
+    statistic("random", nats(effect.random), "the same of a random direction, as often active and as long"));
+  if (effect.exact !== null) {
+    stats.append(statistic("exact", nats(effect.exact), `zeroed for real on some rows, where the estimate is ${nats(effect.on_checked)}`));
+  }
+  const of = `Over ${effect.checked} features that were zeroed for real, estimate and exact effect have rank correlation ${number(effect.rank_correlation, 2)}, and exact is ${number(effect.slope, 2)} times the estimate.`;
+  return el("section", { class: "card effect-card" },
+    el("h2", { tabindex: "0", "data-tip": "by how many nats the loss rises when the feature is zeroed, per token on which it is active" }, "Effect on the loss"),
+    stats, el("p", { class: "says" }, of + (effect.exact === null ? " This feature is not among them." : "")));
 }
 
 /* ---- examples */

@@ -1,0 +1,184 @@
+"""A circuit to look at: a plotly figure, and the JSON that viewers of attribution graphs read.
+
+The JSON is the schema of Neuronpedia and circuit-tracer (version 1): `metadata`, `qParams`, `nodes`, `links`. Those
+viewers know layers with transcoders where a circuit has Sites, so a Site's place in the pass stands for the layer, a
+feature goes as "cross layer transcoder" and an error as "mlp reconstruction error", whatever the Site; its name is
+in `metadata.transcoder_list`. Tokens of the prompt are there to be shown; no link leaves them.
+"""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from saekit.patching.circuits import ERROR, METRIC, Circuit, CircuitNode
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_WIDEST = 6.0
+_UP, _DOWN, _GREY = "#1f77b4", "#d62728", "#888888"
+
+
+def viewer_graph(
+    circuit: Circuit,
+    ids: Int[Tensor, " context"],
+    text: Callable[[int], str],
+    *,
+    slug: str,
+    model: str,
+    answer: int,
+    chance: float,
+) -> dict[str, Any]:
+    """The circuit as JSON values.
+
+    Args:
+        ids: of the prompt.
+        text: what a token reads.
+        slug: a short name for the graph.
+        answer: the token that stands for the metric, at the end of the prompt.
+        chance: the model's probability of it.
+    """
+    tokens = [text(token) for token in ids.tolist()]
+    last, top = len(tokens) - 1, str(len(circuit.sites) + 1)
+    logit = {
+        **_node(f"{top}_{answer}_{last}", f"L_{answer}-{last}", answer, top, last, "logit"),
+        "token_prob": chance,
+        "is_target_logit": True,
+        "clerp": f'Output "{text(answer)}" (p={chance:.3f})',
+    }
+    embedded = [
+        _node(f"E_{token}_{place}", f"E_{token}-{place}", place, "E", place, "embedding")
+        for place, token in enumerate(ids.tolist())
+    ]
+    influence = _cumulative(circuit)
+    nodes = [_graph_node(node, circuit, influence[i]) for i, node in enumerate(circuit.nodes)]
+    names = [_name(node) for node in circuit.nodes]
+    return {
+        "metadata": {
+            "slug": slug,
+            "scan": model,
+            "transcoder_list": [str(site) for site in circuit.sites],
+            "prompt_tokens": tokens,
+            "prompt": "".join(tokens),
+            "node_threshold": None,
+            "schema_version": 1,
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [*embedded, *nodes, logit],
+        "links": [
+            {
+                "source": names[edge.source],
+                "target": logit["node_id"] if edge.target == METRIC else names[edge.target],
+                "weight": edge.weight,
+            }
+            for edge in circuit.edges
+        ],
+    }
+
+
+def circuit_figure(circuit: Circuit, tokens: Sequence[str]) -> "Figure":
+    """Positions from left to right, Sites from below, the metric on top; blue raises it and red lowers it.
+
+    Args:
+        tokens: what each position of the prompt reads.
+    """
+    import plotly.graph_objects as go
+
+    place = _places(circuit)
+    top = (len(tokens) - 1.0, len(circuit.sites))
+    most = max((abs(edge.weight) for edge in circuit.edges), default=1.0)
+    figure = go.Figure()
+    for edge in circuit.edges:
+        (x, y), (to_x, to_y) = place[edge.source], top if edge.target == METRIC else place[edge.target]
+        width = _WIDEST * abs(edge.weight) / most
+        line = {"color": _UP if edge.weight > 0 else _DOWN, "width": max(width, 0.2)}
+        figure.add_scatter(x=[x, to_x], y=[y, to_y], mode="lines", line=line, opacity=0.5, hoverinfo="skip")
+    for is_error, symbol in ((False, "circle"), (True, "diamond")):
+        chosen = [i for i, node in enumerate(circuit.nodes) if (node.feature == ERROR) == is_error]
+        figure.add_scatter(
+            x=[place[i][0] for i in chosen],
+            y=[place[i][1] for i in chosen],
+            mode="markers",
+            marker={
+                "symbol": symbol,
+                "size": 11,
+                "color": [_GREY if is_error else _UP if circuit.nodes[i].effect > 0 else _DOWN for i in chosen],
+            },
+            text=[_hover(circuit.nodes[i], circuit) for i in chosen],
+            hoverinfo="text",
+        )
+    figure.add_scatter(x=[top[0]], y=[top[1]], mode="markers+text", text=["metric"], textposition="top center")
+    ticks = [escape(token) for token in tokens]
+    figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=ticks, showgrid=False)
+    names = [*(str(site) for site in circuit.sites), ""]
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, zeroline=False)
+    return figure.update_layout(showlegend=False, template="plotly_white")
+
+
+def _node(node_id: str, js: str, feature: int, layer: str, position: int, kind: str) -> dict[str, Any]:
+    return {
+        "node_id": node_id,
+        "feature": feature,
+        "layer": layer,
+        "ctx_idx": position,
+        "feature_type": kind,
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": js,
+        "clerp": "",
+        "influence": None,
+        "activation": None,
+    }
+
+
+def _graph_node(node: CircuitNode, circuit: Circuit, influence: float) -> dict[str, Any]:
+    is_error = node.feature == ERROR
+    # viewers tell features of all layers apart by one number: Cantor's of layer and feature
+    both = node.site + node.feature
+    number = ERROR if is_error else both * (both + 1) // 2 + node.feature
+    kind = "mlp reconstruction error" if is_error else "cross layer transcoder"
+    js = f"{node.site}_{node.feature}-{node.position}"
+    return {
+        **_node(_name(node), js, number, str(node.site), node.position, kind),
+        "clerp": f"{circuit.sites[node.site]} {'error' if is_error else f'#{node.feature}'}",
+        "influence": influence,
+        "activation": None if is_error else node.strength,
+    }
+
+
+def _name(node: CircuitNode) -> str:
+    return f"{node.site}_{node.feature}_{node.position}"
+
+
+def _cumulative(circuit: Circuit) -> dict[int, float]:
+    """Of each node, the share of all shown effects, in absolute value, that it and the larger ones have."""
+    order = sorted(range(len(circuit.nodes)), key=lambda i: -abs(circuit.nodes[i].effect))
+    total = sum(abs(node.effect) for node in circuit.nodes)
+    shares: dict[int, float] = {}
+    so_far = 0.0
+    for i in order:
+        so_far += abs(circuit.nodes[i].effect)
+        shares[i] = so_far / total
+    return shares
+
+
+def _places(circuit: Circuit) -> list[tuple[float, int]]:
+    """Where each node stands: those of one token side by side."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for i, node in enumerate(circuit.nodes):
+        together.setdefault((node.site, node.position), []).append(i)
+    places: dict[int, tuple[float, int]] = {}
+    for (site, position), several in together.items():
+        for rank, i in enumerate(several):
+            places[i] = (position + 0.8 * ((rank + 0.5) / len(several) - 0.5), site)
+    return [places[i] for i in range(len(circuit.nodes))]
+
+
+def _hover(node: CircuitNode, circuit: Circuit) -> str:
+    what = "error" if node.feature == ERROR else f"#{node.feature}, strength {node.strength:.3g}"
+    return f"{escape(str(circuit.sites[node.site]))} {what}<br>effect {node.effect:+.3g}"
