@@ -266,7 +266,7 @@ def test_the_poisson_prior_is_least_where_scores_are_the_prior_and_the_code_prio
     assert scores.grad.abs().max() < 1e-6
     for factor in (0.3, 2.0):
         assert prior_loss(scores.detach() * factor, prior="poisson", target=2.0) > 0.01
-    code = [float(prior_loss(scores.detach() * f + 0.01 * f, prior="code", target=2)) for f in (0.1, 1.0)]
+    code = [float(prior_loss(scores.detach() * f + 0.01 * f, prior="code", target=2.0)) for f in (0.1, 1.0)]
     assert code[0] == pytest.approx(code[1], rel=1e-4)
 
 
@@ -287,7 +287,7 @@ def test_the_target_of_the_released_code_is_no_distribution():
 
 
 def test_the_prior_refuses_a_depth_outside_the_model():
-    with pytest.raises(SaekitError, match="a target depth of 7.0 is outside a model of 6 layers"):
+    with pytest.raises(SaekitError, match=r"a target depth of 7\.0 is outside a model of 6 layers"):
         target_depths(6, 7.0)
 
 

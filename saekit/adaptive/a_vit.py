@@ -21,6 +21,7 @@ Sites of layer l, `(batch, tokens, ...)`, the class token first:
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -173,6 +174,11 @@ class AViT(nn.Module):
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), self.embed(patches)], dim=1)
         return tokens + self.position
 
+    @property
+    def stack(self) -> list[AViTLayer]:
+        """The layers, in their order."""
+        return cast(list[AViTLayer], list(self.layers))
+
     def classify(self, average: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch classes"]:
         """Logits of the class token's average, or of its state at any one layer."""
         return self.head(self.norm(average))
@@ -184,8 +190,7 @@ class AViT(nn.Module):
         spent, left = torch.zeros_like(x[..., 0]), torch.ones_like(x[..., 0])
         remainder = torch.zeros_like(left)
         per_layer: list[tuple[Tensor, ...]] = []
-        for number, layer in enumerate(self.layers):
-            assert isinstance(layer, AViTLayer)
+        for number, layer in enumerate(self.stack):
             here = live[..., None]
             x = layer.block(x * here, may_see=layer.visible(live)[:, None, None, :]) * here
             score, reached = layer.halt(x, spent, live)

@@ -37,8 +37,7 @@ def run_padded(model: AViT, images: Images) -> Float[Tensor, "batch classes"]:
     x = model.tokens_of(images)
     live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     rest = _Rest(torch.zeros_like(x[:, 0]), torch.zeros_like(x[..., 0]), torch.ones_like(x[..., 0]))
-    for number, layer in enumerate(model.layers):
-        assert isinstance(layer, AViTLayer)
+    for number, layer in enumerate(model.stack):
         x = layer.block(x, may_see=None if bool(live.all()) else live[:, None, None, :])
         share, live = _halt(layer, x, live, rest, is_last=number == len(model.layers) - 1)
         # the class token is never moved, so that it is found in front after it has stopped, too
@@ -59,8 +58,7 @@ def run_packed(model: AViT, images: Images) -> Float[Tensor, "batch classes"]:
     image = torch.arange(batch, device=x.device).repeat_interleave(per_image)
     is_class = torch.arange(per_image, device=x.device).repeat(batch) == 0
     rest = _Rest(x.new_zeros(batch, width), x.new_zeros(len(x)), x.new_ones(len(x)))
-    for number, layer in enumerate(model.layers):
-        assert isinstance(layer, AViTLayer)
+    for number, layer in enumerate(model.stack):
         x = x + _attend_packed(layer, x, image, batch)
         x = x + layer.block.feed(layer.block.norm2(x))
         live = torch.ones_like(is_class)
@@ -69,9 +67,7 @@ def run_packed(model: AViT, images: Images) -> Float[Tensor, "batch classes"]:
         answered = torch.zeros(batch, dtype=torch.bool, device=x.device)
         answered[image[is_class & ~live]] = True
         stay = (live & ~answered[image]).nonzero()[:, 0]
-        x, image, is_class, rest.spent, rest.left = (
-            part[stay] for part in (x, image, is_class, rest.spent, rest.left)
-        )
+        x, image, is_class, rest.spent, rest.left = (part[stay] for part in (x, image, is_class, rest.spent, rest.left))
         if not len(x):
             break
     return model.classify(rest.average)

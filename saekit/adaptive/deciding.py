@@ -100,9 +100,9 @@ def a_vit_target(model: AViT) -> DecidingTarget:
             content=Site.parse(f"layers.{number}.content:in"),
             score=Site.parse(f"layers.{number}.halt.logit:out"),
             decision=Site.parse(f"layers.{number}.halt.decision:out"),
-            readout=layer.halt.readout(config.width),  # pyright: ignore
+            readout=layer.halt.readout(config.width),
         )
-        for number, layer in enumerate(model.layers[:-1])
+        for number, layer in enumerate(model.stack[:-1])
     )
     return DecidingTarget(
         target=target, steps=steps, options=a_vit.OPTIONS, trace_batch=lambda batch: a_vit.trace_of(model, model(batch))
@@ -124,10 +124,10 @@ def duo_target(model: DuoLLM, tokenizer: object = None) -> DecidingTarget:
             content=Site.parse(f"layers.{number}.feed:in"),
             score=Site.parse(f"layers.{number}.router.logits:out"),
             decision=Site.parse(f"layers.{number}.choice:out"),
-            readout=_less(layer.router.readout(), float(model.threshold)),  # pyright: ignore
+            readout=_less(layer.router.readout(), float(model.threshold)),
             margin_of=BIG,
         )
-        for number, layer in enumerate(model.layers)
+        for number, layer in enumerate(model.stack)
     )
     return DecidingTarget(
         target=target,

@@ -67,7 +67,9 @@ def on_canvas(
     """
     height = images.shape[1]
     if canvas < height + 2:
-        raise SaekitError(f"a canvas of {canvas} has no room for {height} pixels and a shift; give {height + 2} or more")
+        raise SaekitError(
+            f"a canvas of {canvas} has no room for {height} pixels and a shift; give {height + 2} or more"
+        )
     rows = (canvas - height) // 2 + moved[:, :1] + torch.arange(height)
     columns = (canvas - height) // 2 + moved[:, 1:] + torch.arange(height)
     placed = images.new_zeros(len(images), canvas, canvas)

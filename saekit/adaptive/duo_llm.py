@@ -21,6 +21,7 @@ Sites of layer l, `(batch, tokens, ...)`:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +33,7 @@ from saekit.errors import SaekitError, ShapeError
 
 SMALL, BIG, SKIP = 0, 1, 2
 OPTIONS = ("small", "big", "skip")
-Past = list[tuple[Tensor, Tensor]]
+Past = Sequence[tuple[Tensor, Tensor]]
 """Keys and values of each layer, `(batch, heads, positions, d_head)`."""
 
 
@@ -181,7 +182,7 @@ class DuoLLM(nn.Module):
         may_see = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         x, routes, said = self.embed(ids), [], []
         threshold = float(self.threshold)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.stack):
             attended = layer.attention(layer.norm1(x), may_see=may_see, rotation=rotation)
             x, choice, router = layer(x, attended, None if given is None else given[..., number], threshold, tau)
             routes.append(choice)
@@ -202,7 +203,7 @@ class DuoLLM(nn.Module):
         rotation = self.rotation(positions)
         before = positions[:, None] > torch.arange(past[0][0].shape[2], device=ids.device)
         x, own = self.embed(ids), []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.stack):
             normed = layer.norm1(x)
             q, k, v = layer.attention.project(normed, normed, rotation)
             own.append((k, v))
@@ -217,12 +218,19 @@ class DuoLLM(nn.Module):
         rotation = self.rotation(torch.arange(ids.shape[1], device=ids.device))
         may_see = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         x, past = self.embed(ids), []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.stack):
             normed = layer.norm1(x)
             q, k, v = layer.attention.project(normed, normed, rotation)
             past.append((k, v))
-            x, _, _ = layer(x, layer.attention.out(layer.attention.mix(q, k, v, may_see)), given[..., number], 0.0, None)
+            x, _, _ = layer(
+                x, layer.attention.out(layer.attention.mix(q, k, v, may_see)), given[..., number], 0.0, None
+            )
         return past
+
+    @property
+    def stack(self) -> list[DuoLayer]:
+        """The layers, in their order."""
+        return cast(list[DuoLayer], list(self.layers))
 
     def logits(self, x: Tensor) -> Tensor:
         return self.norm(x) @ self.embed.weight.T
@@ -257,8 +265,7 @@ class DuoLLM(nn.Module):
 
     def macs_per_option(self) -> Float[Tensor, " options"]:
         """Multiplications of one token in one feed-forward, by option."""
-        feed = self.layers[0].feed
-        assert isinstance(feed, DuoFeedForward)
+        feed = self.stack[0].feed
         return torch.tensor([feed.small.macs, feed.big.macs, 0.0])
 
 
@@ -285,7 +292,7 @@ def next_token_nats(logits: Float[Tensor, "batch tokens v"], ids: Int[Tensor, "b
 def trace_of(
     model: DuoLLM, run: DuoRun, ids: Int[Tensor, "batch tokens"], *, texts: tuple[tuple[str, ...], ...] | None = None
 ) -> DecisionTrace:
-    """The routes of a forward pass; `more` holds `nats (batch, tokens - 1)`, and MACs are of the feed-forwards alone."""
+    """The routes of a forward pass; `more` holds `nats (batch, tokens - 1)`. MACs are of the feed-forwards alone."""
     score = margin_of_big(run.router).transpose(1, 2)
     decision = run.route.transpose(1, 2)
     macs = model.macs_per_option()

@@ -32,13 +32,13 @@ class Oracle:
 
     Attributes:
         variant: "scan", "greedy" or "ref".
-        route: `(batch, tokens - 1, layers)`.
+        route: `(batch, tokens - 1, layers)`; the last token of a row predicts nothing.
         nats: `(batch, tokens - 1)` loss of each token on its route.
     """
 
     variant: str
-    route: Int[Tensor, "batch tokens layers"]
-    nats: Float[Tensor, "batch tokens"]
+    route: Int[Tensor, "batch predicted layers"]
+    nats: Float[Tensor, "batch predicted"]
 
 
 def all_routes(layers: int, *, options: tuple[int, ...] = (SMALL, BIG)) -> Int[Tensor, "routes layers"]:
@@ -61,7 +61,7 @@ def with_budget(routes: Int[Tensor, "routes layers"], budget: int) -> Int[Tensor
 @torch.no_grad()
 def scan(
     model: DuoLLM, ids: Int[Tensor, "batch tokens"], routes: Int[Tensor, "routes layers"]
-) -> Float[Tensor, "routes batch tokens"]:
+) -> Float[Tensor, "routes batch predicted"]:
     """Losses with the whole text on each route; the last token of a row predicts nothing and is left out."""
     at_once = max(1, _ROWS_AT_ONCE // len(ids))
     parts = []
@@ -73,14 +73,14 @@ def scan(
 
 
 def best_of(
-    nats: Float[Tensor, "routes batch tokens"], routes: Int[Tensor, "routes layers"], *, variant: str = "scan"
+    nats: Float[Tensor, "routes batch predicted"], routes: Int[Tensor, "routes layers"], *, variant: str = "scan"
 ) -> Oracle:
     """Each token's best route."""
     least = nats.min(0)
     return Oracle(variant, routes[least.indices], least.values)
 
 
-def best_fixed(nats: Float[Tensor, "routes batch tokens"]) -> float:
+def best_fixed(nats: Float[Tensor, "routes batch predicted"]) -> float:
     """The lowest mean loss of any one route for all tokens."""
     return float(nats.mean((1, 2)).min())
 
@@ -92,7 +92,7 @@ def ref(
     routes: Int[Tensor, "routes layers"],
     *,
     reference: Int[Tensor, " layers"] | None = None,
-) -> Float[Tensor, "routes batch tokens"]:
+) -> Float[Tensor, "routes batch predicted"]:
     """Losses of each token on each route, with all tokens before it on the reference route (all big)."""
     reference = torch.full((model.config.layers,), BIG) if reference is None else reference
     past = model.keys_and_values(ids, reference)
@@ -113,7 +113,7 @@ def greedy(model: DuoLLM, ids: Int[Tensor, "batch tokens"], routes: Int[Tensor, 
     tried = routes.repeat(batch, 1)[:, None, :]
     for position in range(ids.shape[1] - 1):
         here, following = (ids[:, p].repeat_interleave(n_routes)[:, None] for p in (position, position + 1))
-        spread = [tuple(part.repeat_interleave(n_routes, 0) for part in layer) for layer in past]
+        spread = [(k.repeat_interleave(n_routes, 0), v.repeat_interleave(n_routes, 0)) for k, v in past]
         logits, own = model.beside(here, tried, spread, torch.tensor([position]))
         loss = torch.nn.functional.cross_entropy(logits[:, 0], following[:, 0], reduction="none")
         least = loss.view(batch, n_routes).min(1)

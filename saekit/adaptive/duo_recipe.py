@@ -1,4 +1,4 @@
-"""How the bundled Duo-LLM is made: coin-flip pre-training on the standard library, then a router on the frozen model."""
+"""How the bundled Duo-LLM is made: coin-flip training on the standard library, then a router on the frozen model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,16 +44,23 @@ class DuoRecipe:
     @property
     def stages(self) -> tuple[Stage, ...]:
         routers = tuple(f"layers.{number}.router" for number in range(self.layers))
-        betas = (0.9, 0.95)
-        return (
-            Stage(
-                name=LANGUAGE, steps=self.language_steps, learning_rate=self.learning_rate, weight_decay=0.1, betas=betas
-            ),
-            Stage(
-                name=ROUTER, steps=self.router_steps, learning_rate=self.router_learning_rate, weight_decay=0.0,
-                betas=betas, start=LANGUAGE, only=routers,
-            ),
-        )  # fmt: skip
+        language = Stage(
+            name=LANGUAGE,
+            steps=self.language_steps,
+            learning_rate=self.learning_rate,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+        )
+        router = Stage(
+            name=ROUTER,
+            steps=self.router_steps,
+            learning_rate=self.router_learning_rate,
+            weight_decay=0.0,
+            betas=(0.9, 0.95),
+            start=LANGUAGE,
+            only=routers,
+        )
+        return language, router
 
     def build(self) -> DuoLLM:
         sizes = DuoConfig(

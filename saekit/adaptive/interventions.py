@@ -116,7 +116,9 @@ class Shift:
             more = self.where.chosen(score) * self.amount
             if column is None:
                 return score + more
-            return torch.cat([score[..., :column], score[..., column, None] + more[..., None], score[..., column + 1 :]], -1)
+            return torch.cat(
+                [score[..., :column], score[..., column, None] + more[..., None], score[..., column + 1 :]], -1
+            )
 
         return edit
 

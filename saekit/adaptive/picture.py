@@ -93,18 +93,16 @@ def _grey(image: Float[Tensor, "height width"], width: int, height: int) -> str:
     return f'<svg width="{width}" height="{height}" style="margin-right:8px" role="img">{cells}</svg>'
 
 
-def _strips(
-    options: Sequence[str], decision: Tensor, margin: Tensor, live: Tensor, texts: Sequence[str] | None
-) -> str:
+def _strips(options: Sequence[str], decision: Tensor, margin: Tensor, live: Tensor, texts: Sequence[str] | None) -> str:
     """Every place as its text over a column of squares, the first step on top, wrapped like prose."""
     steps, places = decision.shape
     chosen, margins, lives = decision.tolist(), margin.tolist(), live.tolist()
-    parts = []
+    names, parts = [escape(option) for option in options], []
     for place in range(places):
         squares = "".join(
             f'<rect y="{step * _ROW}" width="10" height="{_ROW - 1}" '
             f'fill="{_COLOURS[chosen[step][place] % len(_COLOURS)] if lives[step][place] else "none"}">'
-            f"<title>step {step}: {escape(options[chosen[step][place]])}, margin {margins[step][place]:.2f}</title></rect>"
+            f"<title>step {step}: {names[chosen[step][place]]}, margin {margins[step][place]:.2f}</title></rect>"
             for step in range(steps)
         )
         text = f"{place}" if texts is None else _visible(texts[place])

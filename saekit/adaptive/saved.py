@@ -1,8 +1,8 @@
 """A folder with a trained model of this room.
 
-    config.json           kind, sizes, recipe, what was measured at the end, and the command that made it
-    model.safetensors     weights, float16 on disk
-    control.safetensors   weights of the control that was trained beside it, where there is one
+config.json           kind, sizes, recipe, what was measured at the end, and the command that made it
+model.safetensors     weights, float16 on disk
+control.safetensors   weights of the control that was trained beside it, where there is one
 """
 
 import json
