@@ -20,6 +20,7 @@ from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
+from .adaptive import Adaptive
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[Command]] = {
     "info": Info,
     "convert": Convert,
     "steer": Steer,
+    "adaptive": Adaptive,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from adaptive_models import HALTING, a_vit_of, images_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,39 +17,22 @@ from saekit.adaptive.interventions import Force, Replay, Shift, Where, deciding,
 from saekit.errors import SaekitError, ShapeError
 from saekit.targets import Site
 
-# a gain and a shift at which untrained tokens stop at every depth
-SMALL = AViTConfig(image=8, width=16, layers=4, heads=2, gain=3.0, shift=-1.0)
-
-
-def model_of(config: AViTConfig = SMALL, seed: int = 2) -> AViT:
-    """Untrained, with weights so large that images differ in what their class token does."""
-    model = AViT(config, seed=seed).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "head" not in name:
-                weight.mul_(2.5)
-    return model
-
-
-def images_of(n: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, 1, SMALL.image, SMALL.image, generator=torch.Generator().manual_seed(seed))
-
 
 def test_the_cases_below_have_tokens_that_stop_at_every_depth():
-    depths = model_of()(images_of()).depth
+    depths = a_vit_of()(images_of()).depth
     assert set(depths.flatten().tolist()) == {1.0, 2.0, 3.0, 4.0}
     assert len(set(depths[:, 0].tolist())) > 1  # class tokens too
 
 
 def test_a_model_that_never_halts_is_the_plain_vision_transformer():
-    model, images = model_of(), images_of()
+    model, images = a_vit_of(), images_of()
     x = model.tokens_of(images)
     for layer in model.layers:
         block = layer.block
         x = x + block.attention(block.norm1(x))
         x = x + block.feed(block.norm2(x))
     plain = model.head(model.norm(x[:, 0]))
-    never = AViT(replace(SMALL, shift=-1e4))
+    never = AViT(replace(HALTING, shift=-1e4))
     never.load_state_dict(model.state_dict())
     for run in (never(images), model(images, halts=False)):
         torch.testing.assert_close(run.logits, plain, rtol=0, atol=1e-6)
@@ -57,7 +41,7 @@ def test_a_model_that_never_halts_is_the_plain_vision_transformer():
 
 
 def test_with_a_huge_shift_every_token_stops_behind_the_first_block():
-    model, images = model_of(replace(SMALL, shift=1e4)), images_of()
+    model, images = a_vit_of(replace(HALTING, shift=1e4)), images_of()
     run = model(images)
     assert (run.depth == 1).all() and (run.ponder == 2).all()
     first = model.layers[0].block(model.tokens_of(images))
@@ -67,7 +51,7 @@ def test_with_a_huge_shift_every_token_stops_behind_the_first_block():
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**16), shift=st.floats(-4, 2), eps=st.floats(0.001, 0.5))
 def test_weights_add_up_to_one_and_ponder_is_depth_plus_remainder(seed, shift, eps):
-    run = model_of(replace(SMALL, shift=shift, eps=eps), seed)(images_of(3, seed))
+    run = a_vit_of(replace(HALTING, shift=shift, eps=eps), seed)(images_of(3, seed))
     torch.testing.assert_close(run.weights.sum(1), torch.ones(3))
     assert (run.live[:, 1:] <= run.live[:, :-1]).all()
     before = run.live & ~run.reached
@@ -80,7 +64,7 @@ def test_weights_add_up_to_one_and_ponder_is_depth_plus_remainder(seed, shift, e
 
 
 def test_raising_a_score_before_the_halt_lowers_the_ponder_by_as_much():
-    model, images = model_of().double(), images_of().double()
+    model, images = a_vit_of().double(), images_of().double()
     score = model.layers[0].halt.score
     moved = []
     handle = score.register_forward_hook(lambda m, args, out: moved.append(out.retain_grad() or out))
@@ -94,13 +78,13 @@ def test_raising_a_score_before_the_halt_lowers_the_ponder_by_as_much():
 @pytest.mark.parametrize("run", [run_padded, run_packed])
 @pytest.mark.parametrize("shift", [-3.0, -1.0, 0.5, 1e4])
 def test_removing_halted_tokens_gives_the_answer_of_masking_them(run, shift):
-    model, images = model_of(replace(SMALL, shift=shift)), images_of(9)
+    model, images = a_vit_of(replace(HALTING, shift=shift)), images_of(9)
     torch.testing.assert_close(run(model, images), model(images).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", [run_padded, run_packed])
 def test_removed_tokens_are_not_computed(run):
-    model, images = model_of(), images_of()
+    model, images = a_vit_of(), images_of()
     seen = []
     for layer in model.layers:
         layer.block.feed.register_forward_hook(lambda m, args, out: seen.append(out[..., 0].numel()))
@@ -111,7 +95,7 @@ def test_removed_tokens_are_not_computed(run):
 
 
 def test_an_image_is_dropped_as_a_whole_when_its_class_token_has_stopped():
-    model, images = model_of(), images_of()
+    model, images = a_vit_of(), images_of()
     live, seen = model(images).live, []
     for layer in model.layers:
         layer.block.feed.register_forward_hook(lambda m, args, out: seen.append(len(out)))
@@ -121,7 +105,7 @@ def test_an_image_is_dropped_as_a_whole_when_its_class_token_has_stopped():
 
 
 def test_what_a_halted_token_holds_has_no_influence():
-    model, images = model_of(), images_of()
+    model, images = a_vit_of(), images_of()
     clean = model(images)
     halted = ~clean.live[:, 2]
     assert halted[:, 1:].any()
@@ -135,7 +119,7 @@ def test_what_a_halted_token_holds_has_no_influence():
 
 
 def test_permuting_patches_with_their_positions_permutes_depths():
-    model, images = model_of(), images_of()
+    model, images = a_vit_of(), images_of()
     order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(16)])
     patches = nn.functional.unfold(images, 2, stride=2)[:, :, order[1:] - 1]
     clean = model(images)
@@ -147,8 +131,8 @@ def test_permuting_patches_with_their_positions_permutes_depths():
 
 
 def test_with_scores_held_a_smaller_eps_never_makes_a_token_stop_earlier():
-    scores = model_of()(images_of()).scores
-    shallow, deep = model_of(replace(SMALL, eps=0.3)), model_of(replace(SMALL, eps=0.05))
+    scores = a_vit_of()(images_of()).scores
+    shallow, deep = a_vit_of(replace(HALTING, eps=0.3)), a_vit_of(replace(HALTING, eps=0.05))
     for model in (shallow, deep):
         for number, layer in enumerate(model.layers):
             layer.halt.score.register_forward_hook(lambda m, args, out, number=number: scores[:, number])
@@ -157,7 +141,7 @@ def test_with_scores_held_a_smaller_eps_never_makes_a_token_stop_earlier():
 
 
 def test_replaying_its_own_depths_changes_nothing():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     clean = target.trace(images)
     again = trace_with(target, images, [Replay(clean)])
     assert not again.changed(clean).any()
@@ -165,7 +149,7 @@ def test_replaying_its_own_depths_changes_nothing():
 
 
 def test_replayed_depths_hold_while_the_content_changes():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     clean = target.trace(images)
     content = {Site.parse("layers.0.content:in"): lambda x: x + 5.0}
     with target.target.editing(content):
@@ -177,19 +161,19 @@ def test_replayed_depths_hold_while_the_content_changes():
 
 
 def test_an_edit_of_what_the_gate_reads_leaves_the_content_alone():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     clean = target.trace(images)
     with target.target.editing({target.steps[0].reads: lambda x: x + 50.0}):
         halted = target.trace(images)
     assert (halted.depth == 1).all() and not (clean.depth == 1).all()
     with target.target.editing({target.steps[0].reads: lambda x: x + 50.0}), deciding(target, [Replay(clean)]):
         held = target.trace(images)
-    first = model_of().classify(target.target.read(images, [target.steps[0].content])[target.steps[0].content][:, 0])
+    first = a_vit_of().classify(target.target.read(images, [target.steps[0].content])[target.steps[0].content][:, 0])
     torch.testing.assert_close(held.more["class_logits"][:, 0], first.detach(), rtol=0, atol=1e-6)
 
 
 def test_forced_halts_and_continuations_hold_and_weights_still_add_up():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     patches = tuple(range(1, 17))
     early = trace_with(target, images, [Force("halt", Where(steps=(1,), places=patches))])
     assert (early.depth[:, 1:] <= 2).all()
@@ -201,7 +185,7 @@ def test_forced_halts_and_continuations_hold_and_weights_still_add_up():
 
 
 def test_shuffled_maps_spend_as_much_elsewhere():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     clean = target.trace(images)
     moved = trace_with(target, images, [Replay(shuffled(clean))])
     assert moved.macs.sort().values.tolist() == pytest.approx(clean.macs.sort().values.tolist())
@@ -209,7 +193,7 @@ def test_shuffled_maps_spend_as_much_elsewhere():
 
 
 def test_hiding_a_token_is_not_halting_it():
-    target, images = a_vit_target(model_of()), images_of()
+    target, images = a_vit_target(a_vit_of()), images_of()
     clean = target.trace(images)
 
     def hide(live):
@@ -235,21 +219,21 @@ def test_hiding_a_token_is_not_halting_it():
 )
 def test_interventions_that_cannot_be_carried_out_are_refused(intervention, message):
     with pytest.raises(SaekitError, match=message):
-        trace_with(a_vit_target(model_of()), images_of(), [intervention])
+        trace_with(a_vit_target(a_vit_of()), images_of(), [intervention])
 
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match=r"images are \(1, 9, 9\).*\(1, 8, 8\)"):
-        model_of()(torch.zeros(2, 1, 9, 9))
+        a_vit_of()(torch.zeros(2, 1, 9, 9))
     with pytest.raises(SaekitError, match="8 pixels are no whole number of patches of 3"):
         AViTConfig(image=8, patch=3)
-    target = a_vit_target(model_of())
+    target = a_vit_target(a_vit_of())
     with pytest.raises(ShapeError, match="decisions of 6 examples"):
         trace_with(target, images_of(4), [Replay(target.trace(images_of(6)))])
 
 
 def test_macs_are_what_the_linear_maps_and_patterns_multiply():
-    model = model_of()
+    model = a_vit_of()
     n, d = 17, 16
     per_layer = 4 * n * d * d + 2 * n * n * d + 2 * n * d * 4 * d
     trace = trace_with(a_vit_target(model), images_of(1), [Force("go on")])
@@ -292,5 +276,5 @@ def test_the_prior_refuses_a_depth_outside_the_model():
 
 
 def test_the_ponder_loss_counts_the_class_token():
-    run = model_of()(images_of())
+    run = a_vit_of()(images_of())
     assert float(ponder_loss(run.ponder).detach()) == pytest.approx(float(run.ponder.detach().sum()) / (6 * 17))

@@ -4,35 +4,19 @@ from math import comb
 
 import pytest
 import torch
+from adaptive_models import ROUTING, duo_of, ids_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saekit.adaptive.deciding import duo_target
-from saekit.adaptive.duo_llm import BIG, SKIP, SMALL, DuoConfig, DuoFeedForward, DuoLLM, next_token_nats
+from saekit.adaptive.duo_llm import BIG, SKIP, SMALL, DuoConfig, DuoFeedForward, next_token_nats
 from saekit.adaptive.duo_oracle import all_routes, best_fixed, best_of, greedy, layer_usage, ref, scan, with_budget
 from saekit.adaptive.duo_router import budget_loss, calibrate, n_big
 from saekit.adaptive.interventions import Flip, Force, Replay, Shift, Where, deciding, trace_with
 from saekit.errors import SaekitError, ShapeError
+from saekit.targets import Site
 
-CONFIG = DuoConfig(vocabulary=50, width=16, layers=3, heads=2, big=32, small=4, context=12)
 ROUTES = all_routes(3)
-
-
-def model_of(seed: int = 0, **sizes) -> DuoLLM:
-    """Untrained, with weights large enough for routes to matter."""
-    config = DuoConfig(
-        **{"vocabulary": 50, "width": 16, "layers": 3, "heads": 2, "big": 32, "small": 4, "context": 12} | sizes
-    )
-    model = DuoLLM(config, seed=seed).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.mul_(8)
-    return model
-
-
-def ids_of(batch: int = 3, tokens: int = 10, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def route_of(*options: int) -> torch.Tensor:
@@ -40,7 +24,7 @@ def route_of(*options: int) -> torch.Tensor:
 
 
 def test_all_big_is_the_model_without_its_small_feed_forwards():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     expected = model(ids, route_of(BIG, BIG, BIG)).logits
     for layer in model.layers:
         for weight in layer.feed.small.parameters():
@@ -53,7 +37,7 @@ def test_all_big_is_the_model_without_its_small_feed_forwards():
 @given(seed=st.integers(0, 2**16))
 def test_computing_only_the_chosen_tokens_gives_what_computing_all_and_masking_does(seed):
     generator = torch.Generator().manual_seed(seed)
-    feed = DuoFeedForward(CONFIG)
+    feed = DuoFeedForward(ROUTING)
     z = torch.randn(2, 5, 16, generator=generator)
     choice = torch.randint(0, 3, (2, 5), generator=generator)
     masked = feed.small(z) * (choice == SMALL)[..., None] + feed.big(z) * (choice == BIG)[..., None]
@@ -61,7 +45,7 @@ def test_computing_only_the_chosen_tokens_gives_what_computing_all_and_masking_d
 
 
 def test_skipping_leaves_out_the_feed_forward_and_not_attention():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     skipped = model(ids, route_of(SKIP, SKIP, SKIP)).logits
     assert not torch.equal(skipped, model.logits(model.embed(ids)))
     for layer in model.layers:
@@ -70,7 +54,7 @@ def test_skipping_leaves_out_the_feed_forward_and_not_attention():
 
 
 def test_what_comes_later_changes_no_earlier_route_or_logit():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     changed = ids.clone()
     changed[:, 6:] = (changed[:, 6:] + 7) % 50
     one, other = model(ids), model(changed)
@@ -88,7 +72,7 @@ def test_routes_by_budget_are_all_there_once():
 
 
 def test_scan_is_one_forward_pass_per_route_and_its_oracle_beats_every_fixed_route():
-    model, ids = model_of(), ids_of(batch=40)  # more than go into one pass
+    model, ids = duo_of(), ids_of(batch=40)  # more than go into one pass
     nats = scan(model, ids, ROUTES)
     with torch.no_grad():
         by_hand = next_token_nats(model(ids, ROUTES[5]).logits, ids)
@@ -102,7 +86,7 @@ def test_scan_is_one_forward_pass_per_route_and_its_oracle_beats_every_fixed_rou
 
 @pytest.mark.parametrize("routes", [ROUTES, with_budget(ROUTES, 1), all_routes(3, options=(BIG, SKIP))], ids=len)
 def test_replaying_the_greedy_routes_gives_the_reported_losses(routes):
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     oracle = greedy(model, ids, routes)
     # the last token predicts nothing and got no route; nothing comes after it that could see it
     route = torch.cat([oracle.route, oracle.route[:, -1:]], 1)
@@ -113,13 +97,13 @@ def test_replaying_the_greedy_routes_gives_the_reported_losses(routes):
 
 
 def test_greedy_takes_the_best_route_at_the_first_token():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     first = scan(model, ids, ROUTES)[:, :, 0]
     assert torch.equal(greedy(model, ids, ROUTES).route[:, 0], ROUTES[first.argmin(0)])
 
 
 def test_ref_varies_one_token_and_leaves_those_before_on_the_reference():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     nats = ref(model, ids, ROUTES)
     big = torch.full((3, 10, 3), BIG)
     for place in (0, 4):
@@ -131,7 +115,7 @@ def test_ref_varies_one_token_and_leaves_those_before_on_the_reference():
 
 
 def test_a_soft_router_that_is_sharp_enough_is_a_hard_one():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     with torch.no_grad():
         torch.testing.assert_close(model(ids, tau=1e7).logits, model(ids).logits, rtol=0, atol=1e-4)
         assert not torch.allclose(model(ids, tau=1.0).logits, model(ids).logits, atol=1e-2)
@@ -163,7 +147,7 @@ def test_calibration_refuses_what_it_cannot_reach():
 
 
 def test_the_threshold_decides_and_the_readout_is_the_margin():
-    model, ids = model_of(), ids_of()
+    model, ids = duo_of(), ids_of()
     target = duo_target(model)
     clean = target.trace(ids)
     assert torch.equal(clean.decision == BIG, clean.margin > 0)
@@ -178,7 +162,7 @@ def test_the_threshold_decides_and_the_readout_is_the_margin():
 
 
 def test_interventions_on_routes():
-    target, ids = duo_target(model_of()), ids_of()
+    target, ids = duo_target(duo_of()), ids_of()
     clean = target.trace(ids)
     flipped = trace_with(target, ids, [Flip(Where(steps=(2,), places=(4,)))])
     assert flipped.changed(clean)[:, 4].all() and flipped.changed(clean).sum() == 3
@@ -189,11 +173,9 @@ def test_interventions_on_routes():
 
 
 def test_frozen_routes_hold_while_the_residual_stream_is_patched():
-    target, ids = duo_target(model_of()), ids_of()
+    target, ids = duo_target(duo_of()), ids_of()
     clean = target.trace(ids)
     # what the first attention gives is added to the stream before anything is decided
-    from saekit.targets import Site
-
     patch = {Site.parse("layers.0.attention:out"): lambda x: x + torch.linspace(-9, 9, 16)}
     with target.target.editing(patch):
         free = target.trace(ids)
@@ -205,7 +187,7 @@ def test_frozen_routes_hold_while_the_residual_stream_is_patched():
 
 
 def test_what_the_router_reads_can_change_without_the_content():
-    target, ids = duo_target(model_of()), ids_of()
+    target, ids = duo_target(duo_of()), ids_of()
     clean = target.trace(ids)
     with target.target.editing({target.steps[0].reads: lambda z: -z}):
         turned = target.trace(ids)
@@ -228,11 +210,11 @@ def test_what_the_router_reads_can_change_without_the_content():
 )
 def test_what_does_not_fit_is_refused(call, error, message):
     with pytest.raises(error, match=message):
-        call(model_of())
+        call(duo_of())
 
 
 def test_macs_are_those_of_the_feed_forwards_that_ran():
-    target, ids = duo_target(model_of()), ids_of()
+    target, ids = duo_target(duo_of()), ids_of()
     trace = target.trace(ids)
     big, small = 3 * 16 * 32, 3 * 16 * 4
     n_bigs = (trace.decision == BIG).sum((1, 2))

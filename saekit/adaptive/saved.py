@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -115,13 +114,3 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 def _half(tensor: Tensor) -> Tensor:
     # a single number decides routes: it keeps its precision
     return tensor.detach().contiguous() if tensor.ndim == 0 else tensor.detach().half().contiguous()
-
-
-def count_weights(model: nn.Module) -> int:
-    """How many numbers the model was trained to."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def seeded(seed: int) -> torch.Generator:
-    """Random numbers of one seed."""
-    return torch.Generator().manual_seed(seed)

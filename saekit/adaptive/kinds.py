@@ -1,0 +1,139 @@
+"""The models of this room by name: how each is trained, finished, measured and made a target."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from saekit.adaptive.a_vit import AViT
+from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, AViTRecipe
+from saekit.adaptive.a_vit_report import measure_a_vit
+from saekit.adaptive.deciding import DecidingTarget, a_vit_target, duo_target
+from saekit.adaptive.duo_llm import DuoLLM
+from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
+from saekit.adaptive.duo_report import measure_duo
+from saekit.adaptive.duo_router import calibrate, router_logits
+from saekit.adaptive.saved import Saved, filled, save_adaptive
+from saekit.adaptive.stages import STATE_FILE, OnReport, Recipe, train_stages
+from saekit.errors import UnknownNameError
+from saekit.targets import Target
+
+CALIBRATION_ROWS = 64
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One sort of model.
+
+    Attributes:
+        recipe: of a seed.
+        finish: the model, and its control, from the weights of the stages.
+        measure: facts on held-out data; `rows` says how much text to read, where it is text.
+        target: what traces and interventions take.
+    """
+
+    name: str
+    recipe: Callable[[int], Recipe]
+    finish: Callable[[Recipe, Weights], Saved]
+    measure: Callable[[Saved, int], dict[str, Any]]
+    target: Callable[[Saved], DecidingTarget]
+
+
+def kind_of(name: str) -> Kind:
+    """Raises: UnknownNameError: no such kind."""
+    if name not in KINDS:
+        raise UnknownNameError("kind of adaptive model", name, KINDS)
+    return KINDS[name]
+
+
+def train_kind(
+    name: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    rows: int = 16,
+    resume: bool = False,
+    on_report: OnReport = lambda report: None,
+) -> Saved:
+    """Train a model from nothing and leave its folder in `out`.
+
+    Raises:
+        FileError: `resume` without a state, a state without `resume`, or a folder that cannot be written.
+    """
+    kind = kind_of(name)
+    recipe = kind.recipe(seed)
+    beside = out.with_name(out.name + ".training")
+    saved = kind.finish(recipe, train_stages(recipe, beside, resume=resume, on_report=on_report))
+    return finish_run(kind, saved, out, rows=rows, beside=beside)
+
+
+def finish_run(kind: Kind, saved: Saved, out: Path, *, rows: int, beside: Path) -> Saved:
+    """Measure and save; then the state of the run may go."""
+    measured = Saved(
+        kind=saved.kind,
+        model=saved.model,
+        control=saved.control,
+        recipe=saved.recipe,
+        facts=kind.measure(saved, rows),
+    )
+    save_adaptive(measured, out)
+    (beside / STATE_FILE).unlink(missing_ok=True)
+    if beside.is_dir() and not any(beside.iterdir()):
+        beside.rmdir()
+    return measured
+
+
+def _finish_a_vit(recipe: Recipe, weights: Weights) -> Saved:
+    model, control = (filled(recipe.build(), weights[stage]) for stage in (HALTING, CONTROL))
+    return Saved(kind="a-vit", model=model, control=control, recipe=_as_dict(recipe))
+
+
+def _finish_duo(recipe: Recipe, weights: Weights) -> Saved:
+    own = cast(DuoRecipe, recipe)
+    model = cast(DuoLLM, filled(recipe.build(), weights[ROUTER]))
+    # hard decisions, one layer after another, shift what later routers see: calibrate a few times over
+    ids = load_once(own.context).train.ids[:CALIBRATION_ROWS]
+    for _ in range(4):
+        model.threshold.fill_(calibrate(router_logits(model, ids), own.budget * own.layers))
+    return Saved(kind="duo-llm", model=model, recipe=_as_dict(recipe))
+
+
+def _measure_a_vit(saved: Saved, rows: int) -> dict[str, Any]:
+    model, control = cast(AViT, saved.model), cast("AViT | None", saved.control)
+    return measure_a_vit(model, control, seed=int(saved.recipe.get("seed", 0)))
+
+
+def _measure_duo(saved: Saved, rows: int) -> dict[str, Any]:
+    model = cast(DuoLLM, saved.model)
+    return measure_duo(model, load_once(model.config.context).held_out.ids[:rows])
+
+
+@cache
+def _pystd_tokenizer() -> Any:
+    return Target.load("pystd").tokenizer
+
+
+def _as_dict(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe)  # pyright: ignore[reportArgumentType]
+
+
+KINDS: Mapping[str, Kind] = {
+    "a-vit": Kind(
+        name="a-vit",
+        recipe=lambda seed: AViTRecipe(seed=seed),
+        finish=_finish_a_vit,
+        measure=_measure_a_vit,
+        target=lambda saved: a_vit_target(cast(AViT, saved.model)),
+    ),
+    "duo-llm": Kind(
+        name="duo-llm",
+        recipe=lambda seed: DuoRecipe(seed=seed),
+        finish=_finish_duo,
+        measure=_measure_duo,
+        target=lambda saved: duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()),
+    ),
+}
