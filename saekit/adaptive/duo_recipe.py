@@ -83,7 +83,7 @@ class DuoRecipe:
         nats = next_token_nats(run.logits, ids).mean()
         budget = torch.tensor([1 - self.budget, self.budget])
         total = nats + self.alpha * budget_loss(shares, budget)
-        return total, {"nats": float(nats.detach()), "big": float(shares[..., 1].mean() * self.layers)}
+        return total, {"nats": float(nats.detach()), "big": float(shares[..., 1].detach().mean()) * self.layers}
 
 
 @cache
