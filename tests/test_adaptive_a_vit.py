@@ -83,6 +83,15 @@ def test_removing_halted_tokens_gives_the_answer_of_masking_them(run, shift):
 
 
 @pytest.mark.parametrize("run", [run_padded, run_packed])
+def test_given_depths_are_kept_whatever_the_gate_says(run):
+    model, images = a_vit_of(), images_of(9)
+    target = a_vit_target(model)
+    moved = trace_with(target, images, [Replay(shuffled(target.trace(images)))])
+    torch.testing.assert_close(run(model, images, moved.depth), moved.more["logits"], rtol=0, atol=1e-5)
+    assert not torch.allclose(run(model, images), moved.more["logits"], atol=1e-3)
+
+
+@pytest.mark.parametrize("run", [run_padded, run_packed])
 def test_removed_tokens_are_not_computed(run):
     model, images = a_vit_of(), images_of()
     seen = []
