@@ -133,7 +133,7 @@ def duo_target(model: DuoLLM, tokenizer: object = None) -> DecidingTarget:
         target=target,
         steps=steps,
         options=duo_llm.OPTIONS,
-        trace_batch=lambda ids: duo_llm.trace_of(model, model(ids), ids, texts=_texts(tokenizer, ids)),
+        trace_batch=lambda ids: duo_llm.trace_of(model, model(ids), ids, texts=token_texts(tokenizer, ids)),
     )
 
 
@@ -141,7 +141,8 @@ def _less(readout: Readout, threshold: float) -> Readout:
     return readout[0], readout[1] - threshold
 
 
-def _texts(tokenizer: object, ids: Tensor) -> tuple[tuple[str, ...], ...] | None:
+def token_texts(tokenizer: object, ids: Tensor) -> tuple[tuple[str, ...], ...] | None:
+    """Every token as text; None without a tokenizer."""
     decode = getattr(tokenizer, "decode", None)
     if decode is None:
         return None
