@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saekit.adaptive import a_vit, duo_llm
+from saekit.adaptive import a_vit, adatape, duo_llm
 from saekit.adaptive.a_vit import AViT
+from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.duo_llm import BIG, DuoLLM
 from saekit.adaptive.trace import DecisionTrace
 from saekit.errors import SaekitError
@@ -31,7 +32,8 @@ class Step:
 
     Attributes:
         reads: what the decider reads; an edit here changes the decision and nothing else.
-        content: the same tensor as everything else reads it.
+        content: what is computed with: the same tensor as everything else reads it, or, where the decider has one
+            of its own (AdaTape's query), the tensor that it leaves alone.
         score: the scores `(batch, places)`, or `(batch, places, options)`, before they are compared.
         decision: what was decided, `(batch, places)` by options' numbers; an edit here overrules.
         readout: the score of option 1, where it is linear in `reads`; None where it is not.
@@ -134,6 +136,28 @@ def duo_target(model: DuoLLM, tokenizer: object = None) -> DecidingTarget:
         steps=steps,
         options=duo_llm.OPTIONS,
         trace_batch=lambda ids: duo_llm.trace_of(model, model(ids), ids, texts=token_texts(tokenizer, ids)),
+    )
+
+
+def adatape_target(model: AdaTape) -> DecidingTarget:
+    """Symbols in, class logits out; every reading step but the last may end the tape."""
+    config = model.config
+    example = torch.zeros(1, config.length)
+    target = Target.wrap(model, name="adatape", forward=lambda m, symbols: m(symbols).logits, example=example)
+    steps = tuple(
+        Step(
+            reads=Site.parse(f"reader.query:out@{number}"),
+            content=Site.parse(f"reader.token:out@{number}"),
+            score=Site.parse(f"reader.total:out@{number}"),
+            decision=Site.parse(f"reader.halt:out@{number}"),
+        )
+        for number in range(config.rule.longest - 1)
+    )
+    return DecidingTarget(
+        target=target,
+        steps=steps,
+        options=adatape.OPTIONS,
+        trace_batch=lambda batch: adatape.trace_of(model, model(batch)),
     )
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError
 from saekit.patching import Intervention, OffDistributionWarning, Scale, intervening
+from saekit.patching.operation import Operation
 from saekit.sae import SAE
 
 Path = Literal["decision", "content", "both"]
@@ -87,7 +88,8 @@ def trace_edited(
     """
     here = target.step(step)
     sites = {"decision": (here.reads,), "content": (here.content,), "both": (here.reads, here.content)}[path]
-    edits = [Intervention(site=site, operation=Scale(dose), features=tuple(features), may_idle=True) for site in sites]
+    operation = cast(Operation, Scale(dose))
+    edits = [Intervention(site=site, operation=operation, features=tuple(features), may_idle=True) for site in sites]
     with ExitStack() as stack:
         if path == "decision" and here.readout is not None:
             # a linear reader has no norm that it is used to

@@ -83,7 +83,7 @@ def train_decision_sae(
 
 
 def _kept(batch: Tensor, live: Tensor, tokens: TokenMask) -> tuple[Tensor, Int[Tensor, "batch places"]]:
-    if batch.is_floating_point():
+    if batch.is_floating_point():  # pictures or numbers, which have no ids
         return torch.ones_like(live), torch.zeros(live.shape, dtype=torch.int64)
     rows = TokenRows.from_ids(batch, bos=tokens.bos, pad=tokens.pad)
     return tokens.policy.keep_tokens(rows, batch), batch

@@ -20,7 +20,7 @@ def read_input(saved: Saved, text: str) -> Tensor:
     """A batch of one.
 
     For A-ViT the number of a digit of the test set ("17"), or an image file, bright on dark; for Duo-LLM a text, or
-    the path of a file that holds one.
+    the path of a file that holds one; for AdaTape symbols 1, 0 and - (or -1), as in "1-0110".
 
     Raises:
         DataError: nothing to read in it.
@@ -29,6 +29,8 @@ def read_input(saved: Saved, text: str) -> Tensor:
     if saved.kind == "a-vit":
         model = cast(AViT, saved.model)
         return read_image(text, model.config.image, seed=int(saved.recipe.get("seed", 0)))
+    if saved.kind == "adatape":
+        return read_symbols(text)
     return read_text(text, cast(DuoLLM, saved.model).config.context)
 
 
@@ -69,6 +71,14 @@ def read_text(text: str, context: int) -> Int[Tensor, "1 tokens"]:
         raise DataError("the text is empty; give at least a word")
     tokenizer: Any = Target.load("pystd").tokenizer
     return torch.tensor([tokenizer(text)["input_ids"][:context]])
+
+
+def read_symbols(text: str) -> Float[Tensor, "1 length"]:
+    """A sequence as "10-1" or "1 0 -1 1"."""
+    symbols = text.replace("-1", "-").replace(" ", "").replace(",", "")
+    if not symbols or set(symbols) - set("10-"):
+        raise DataError(f"{text!r} is no sequence of symbols; give 1, 0 and -, as in 1-0110")
+    return torch.tensor([[{"1": 1.0, "0": 0.0, "-": -1.0}[symbol] for symbol in symbols]])
 
 
 def _pixels(path: Path) -> Float[Tensor, "..."]:

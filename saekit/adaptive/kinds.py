@@ -11,7 +11,10 @@ from torch import Tensor
 from saekit.adaptive.a_vit import AViT
 from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, AViTRecipe
 from saekit.adaptive.a_vit_report import measure_a_vit
-from saekit.adaptive.deciding import DecidingTarget, a_vit_target, duo_target
+from saekit.adaptive.adatape import AdaTape
+from saekit.adaptive.adatape_recipe import PARITY, AdaTapeRecipe
+from saekit.adaptive.adatape_report import measure_adatape
+from saekit.adaptive.deciding import DecidingTarget, a_vit_target, adatape_target, duo_target
 from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
@@ -112,6 +115,10 @@ def _measure_duo(saved: Saved, rows: int) -> dict[str, Any]:
     return measure_duo(model, load_once(model.config.context).held_out.ids[:rows])
 
 
+def _finish_adatape(recipe: Recipe, weights: Weights) -> Saved:
+    return Saved(kind="adatape", model=filled(recipe.build(), weights[PARITY]), recipe=_as_dict(recipe))
+
+
 @cache
 def _pystd_tokenizer() -> Any:
     return Target.load("pystd").tokenizer
@@ -135,5 +142,12 @@ KINDS: Mapping[str, Kind] = {
         finish=_finish_duo,
         measure=_measure_duo,
         target=lambda saved: duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()),
+    ),
+    "adatape": Kind(
+        name="adatape",
+        recipe=lambda seed: AdaTapeRecipe(seed=seed),
+        finish=_finish_adatape,
+        measure=lambda saved, rows: measure_adatape(cast(AdaTape, saved.model)),
+        target=lambda saved: adatape_target(cast(AdaTape, saved.model)),
     ),
 }

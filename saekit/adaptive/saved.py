@@ -16,13 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT, AViTConfig
+from saekit.adaptive.adatape import AdaTape, AdaTapeConfig
 from saekit.adaptive.duo_llm import DuoConfig, DuoLLM
 from saekit.checkpoint import written_whole
 from saekit.errors import FileError, UnknownNameError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "adaptive"
 CONFIG, MODEL, CONTROL = "config.json", "model.safetensors", "control.safetensors"
-KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {"a-vit": (AViTConfig, AViT), "duo-llm": (DuoConfig, DuoLLM)}
+KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {
+    "a-vit": (AViTConfig, AViT),
+    "duo-llm": (DuoConfig, DuoLLM),
+    "adatape": (AdaTapeConfig, AdaTape),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -30,7 +35,7 @@ class Saved:
     """A model and what is known of it.
 
     Attributes:
-        kind: "a-vit" or "duo-llm".
+        kind: one of `KINDS`.
         control: the same architecture trained as long without the decisions; None without one.
         recipe: the settings of its training.
         facts: what was measured when it was saved.
