@@ -17,14 +17,16 @@ _LONG = ("budgets", "greedy", "controls", "difficulty")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptive:
-    """Models that decide how much to compute: a-vit (halting patches) and duo-llm (a big or a small layer per token).
+    """Models that decide how much to compute: patches that halt, layers big or small, tapes of any length.
 
     train makes one from nothing; report measures one on data that it has not seen; trace shows its decisions on an
     input of yours as a picture. NAME is one of the bundled models, or for report and trace a folder. INPUT is the
-    number of a test digit or an image file (a-vit), or a text or a text file (duo-llm).
+    number of a test digit or an image file (a-vit), a text or a text file (duo-llm), or 16 symbols such as
+    10-110-0011-0101 (adatape).
 
     Example:
       saekit adaptive report a-vit
+      saekit adaptive report a-vit --explain 1 --json
       saekit adaptive trace duo-llm "for name in names:" --out routes.html
       saekit adaptive trace a-vit 17
       saekit adaptive train a-vit --seed 1 --out my-a-vit
@@ -33,7 +35,7 @@ class Adaptive:
     do: Annotated[Literal["train", "report", "trace"], tyro.conf.Positional]
     """What to do."""
     name: Annotated[str, tyro.conf.Positional]
-    """a-vit, duo-llm, or a folder that train wrote."""
+    """a-vit, duo-llm, adatape, or a folder that train wrote."""
     input: Annotated[str | None, tyro.conf.Positional] = None
     """For trace."""
     out: Path | None = None
@@ -46,6 +48,8 @@ class Adaptive:
     """Rows of held-out text that duo-llm is measured on; a-vit is measured on all test digits."""
     speed: bool = False
     """Let report of a-vit also time how much faster it is when halted patches are really removed."""
+    explain: int | None = None
+    """Let report also train an SAE on what this step (a layer, from 0) decides by, and test its strongest features."""
     json: bool = False
     """Print the facts as JSON."""
     config: Path | None = None
@@ -83,7 +87,14 @@ class Adaptive:
         from saekit.adaptive.saved import load_adaptive
 
         saved = load_adaptive(self.name)
-        facts = {"model": self.name, **KINDS[saved.kind].measure(saved, self.rows)}
+        kind = KINDS[saved.kind]
+        if self.explain is not None:
+            kind.target(saved).step(self.explain)  # refused before minutes of work, not after
+        facts = {"model": self.name, **kind.measure(saved, self.rows)}
+        if self.explain is not None:
+            from saekit.adaptive.explain import explain_step
+
+            facts["explained"] = explain_step(kind.target(saved), *kind.inputs(saved), self.explain)
         return facts | (self.timed(saved) if self.speed else {})
 
     def timed(self, saved: "Saved") -> dict[str, float]:
@@ -111,7 +122,7 @@ class Adaptive:
         write_pictures(out, f"{self.name}: {str(self.input)[:60]}", [trace.picture(0, image=image)])
         facts: dict[str, Any] = {"model": self.name, "page": str(out), "mac_ratio": float(trace.mac_ratio[0])}
         facts |= {f"{option}_by_step": trace.share(option).tolist() for option in trace.options}
-        if saved.kind == "a-vit":
+        if saved.kind != "duo-llm":
             facts["says"] = int(trace.more["logits"][0].argmax())
         if trace.texts is not None:
             facts["tokens"] = [
@@ -125,17 +136,35 @@ def as_text(facts: dict[str, Any]) -> str:
     """Two columns; what is long comes behind them."""
     from saekit.adaptive.duo_report import table
 
-    short = [(name, shown(value)) for name, value in facts.items() if name not in (*_LONG, "tokens")]
+    short = [(name, shown(value)) for name, value in facts.items() if name not in (*_LONG, "tokens", "explained")]
     parts = [columns(short)]
     if "budgets" in facts:
         parts.append("nats per token, by budget\n" + table(facts["budgets"]))
     for name in _LONG[1:]:
         if name in facts:
             parts.append(f"{name}\n" + columns((key, shown(value)) for key, value in facts[name].items()))
+    if "explained" in facts:
+        parts.append(features_as_text(facts["explained"]))
     if "tokens" in facts:
         lines = [(repr(token["text"]), " ".join(token["decisions"])) for token in facts["tokens"]]
         parts.append("decisions by layer\n" + columns(lines))
     return "\n\n".join(parts)
+
+
+def features_as_text(explained: dict[str, Any]) -> str:
+    """One line per feature."""
+    lines = [(f"feature {found['feature']}", as_line(found)) for found in explained["features"]]
+    measured = f"FVU {explained['fvu']:.3f}, error {explained['error_share']:.1%} of the score"
+    head = f"what decides at {explained['site']} ({measured})"
+    return f"{head}\n{columns(lines)}"
+
+
+def as_line(found: dict[str, Any]) -> str:
+    return (
+        f"on {found['rate']:.1%} of tokens, adds {found['mean_added']:+.3f}; ablated, it flips "
+        f"{found['decision']['flipped']:.2%} of decisions (features like it at most "
+        f"{found['strongest_control']:.2%}, p = {found['p']:.2f})"
+    )
 
 
 def shown(value: Any) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def _swapped(target: DecidingTarget, symbols: Tensor) -> tuple[DecisionTrace, In
     """Every sequence with the tape of the next one, content and length."""
     donors = torch.arange(len(symbols)).roll(1)
 
-    def swap(x: Float[Tensor, "batch ..."]) -> Tensor:
+    def swap(x: Tensor) -> Tensor:
         return x[donors]
 
     with target.target.editing({Site.parse("tape_map:out"): swap, Site.parse("valid:out"): swap}):

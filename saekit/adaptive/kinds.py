@@ -6,15 +6,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from saekit.adaptive.a_vit import AViT
 from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, AViTRecipe
 from saekit.adaptive.a_vit_report import measure_a_vit
 from saekit.adaptive.adatape import AdaTape
-from saekit.adaptive.adatape_recipe import PARITY, AdaTapeRecipe
+from saekit.adaptive.adatape_recipe import PARITY, AdaTapeRecipe, sequences
 from saekit.adaptive.adatape_report import measure_adatape
 from saekit.adaptive.deciding import DecidingTarget, a_vit_target, adatape_target, duo_target
+from saekit.adaptive.digits import load_digits, on_canvas, shifts
 from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
@@ -25,6 +27,8 @@ from saekit.errors import UnknownNameError
 from saekit.targets import Target
 
 CALIBRATION_ROWS = 64
+# of text, to learn features of deciders from and to test them on
+FEATURE_ROWS, TEST_ROWS = 800, 24
 Weights = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -37,6 +41,7 @@ class Kind:
         finish: the model, and its control, from the weights of the stages.
         measure: facts on held-out data; `rows` says how much text to read, where it is text.
         target: what traces and interventions take.
+        inputs: batches to learn features from, and to test them on.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Kind:
     finish: Callable[[Recipe, Weights], Saved]
     measure: Callable[[Saved, int], dict[str, Any]]
     target: Callable[[Saved], DecidingTarget]
+    inputs: Callable[[Saved], tuple[Tensor, Tensor]]
 
 
 def kind_of(name: str) -> Kind:
@@ -119,6 +125,22 @@ def _finish_adatape(recipe: Recipe, weights: Weights) -> Saved:
     return Saved(kind="adatape", model=filled(recipe.build(), weights[PARITY]), recipe=_as_dict(recipe))
 
 
+def _digits(saved: Saved) -> tuple[Tensor, Tensor]:
+    side, seed = cast(AViT, saved.model).config.image, int(saved.recipe.get("seed", 0))
+    digits = load_digits(seed)
+    return on_canvas(digits.train, side, shifts(len(digits.train), seed=1)), digits.test_images(side)
+
+
+def _rows(saved: Saved) -> tuple[Tensor, Tensor]:
+    corpus = load_once(cast(DuoLLM, saved.model).config.context)
+    return corpus.train.ids[:FEATURE_ROWS], corpus.held_out.ids[:TEST_ROWS]
+
+
+def _sequences(saved: Saved) -> tuple[Tensor, Tensor]:
+    length = cast(AdaTape, saved.model).config.length
+    return tuple(sequences(4096, length, torch.Generator().manual_seed(seed)) for seed in (1, 2))  # pyright: ignore
+
+
 @cache
 def _pystd_tokenizer() -> Any:
     return Target.load("pystd").tokenizer
@@ -135,6 +157,7 @@ KINDS: Mapping[str, Kind] = {
         finish=_finish_a_vit,
         measure=_measure_a_vit,
         target=lambda saved: a_vit_target(cast(AViT, saved.model)),
+        inputs=_digits,
     ),
     "duo-llm": Kind(
         name="duo-llm",
@@ -142,6 +165,7 @@ KINDS: Mapping[str, Kind] = {
         finish=_finish_duo,
         measure=_measure_duo,
         target=lambda saved: duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()),
+        inputs=_rows,
     ),
     "adatape": Kind(
         name="adatape",
@@ -149,5 +173,6 @@ KINDS: Mapping[str, Kind] = {
         finish=_finish_adatape,
         measure=lambda saved, rows: measure_adatape(cast(AdaTape, saved.model)),
         target=lambda saved: adatape_target(cast(AdaTape, saved.model)),
+        inputs=_sequences,
     ),
 }
