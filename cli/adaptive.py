@@ -21,8 +21,8 @@ class Adaptive:
 
     train makes one from nothing; report measures one on data that it has not seen; trace shows its decisions on an
     input of yours as a picture. NAME is one of the bundled models, or for report and trace a folder. INPUT is the
-    number of a test digit or an image file (a-vit), a text or a text file (duo-llm), or 16 symbols such as
-    10-110-0011-0101 (adatape).
+    number of a test digit or an image file (a-vit), a text or a text file (duo-llm), or 16 symbols 1, 0 and -,
+    as in 10-110-0011-0101 (adatape).
 
     Example:
       saekit adaptive report a-vit

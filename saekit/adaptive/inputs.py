@@ -20,7 +20,7 @@ def read_input(saved: Saved, text: str) -> Tensor:
     """A batch of one.
 
     For A-ViT the number of a digit of the test set ("17"), or an image file, bright on dark; for Duo-LLM a text, or
-    the path of a file that holds one; for AdaTape symbols 1, 0 and - (or -1), as in "1-0110".
+    the path of a file that holds one; for AdaTape symbols, as in "1-0110".
 
     Raises:
         DataError: nothing to read in it.
@@ -74,11 +74,12 @@ def read_text(text: str, context: int) -> Int[Tensor, "1 tokens"]:
 
 
 def read_symbols(text: str) -> Float[Tensor, "1 length"]:
-    """A sequence as "10-1" or "1 0 -1 1"."""
-    symbols = text.replace("-1", "-").replace(" ", "").replace(",", "")
-    if not symbols or set(symbols) - set("10-"):
+    """A sequence as "10-1", one character each, or as "1 0 -1 1", divided by spaces or commas."""
+    parts = text.replace(",", " ").split()
+    symbols = parts if len(parts) > 1 else ["-1" if sign == "-" else sign for sign in text.strip()]
+    if not symbols or set(symbols) - {"1", "0", "-1"}:
         raise DataError(f"{text!r} is no sequence of symbols; give 1, 0 and -, as in 1-0110")
-    return torch.tensor([[{"1": 1.0, "0": 0.0, "-": -1.0}[symbol] for symbol in symbols]])
+    return torch.tensor([[float(symbol) for symbol in symbols]])
 
 
 def _pixels(path: Path) -> Float[Tensor, "..."]:
