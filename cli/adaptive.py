@@ -17,12 +17,12 @@ _LONG = ("budgets", "greedy", "controls", "difficulty")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptive:
-    """Models that decide how much to compute: patches that halt, layers big or small, tapes of any length.
+    """Models that decide how much to compute: halting patches, big or small layers, tapes, latents.
 
     train makes one from nothing; report measures one on data that it has not seen; trace shows its decisions on an
     input of yours as a picture. NAME is one of the bundled models, or for report and trace a folder. INPUT is the
-    number of a test digit or an image file (a-vit), a text or a text file (duo-llm), or 16 symbols 1, 0 and -,
-    as in 10-110-0011-0101 (adatape).
+    number of a test digit or an image file (a-vit), a text or a text file (duo-llm), 16 symbols 1, 0 and -, as
+    in 10-110-0011-0101 (adatape), or the digit to make (rin).
 
     Example:
       saekit adaptive report a-vit
@@ -35,7 +35,7 @@ class Adaptive:
     do: Annotated[Literal["train", "report", "trace"], tyro.conf.Positional]
     """What to do."""
     name: Annotated[str, tyro.conf.Positional]
-    """a-vit, duo-llm, adatape, or a folder that train wrote."""
+    """a-vit, duo-llm, adatape, rin, or a folder that train wrote."""
     input: Annotated[str | None, tyro.conf.Positional] = None
     """For trace."""
     out: Path | None = None
@@ -117,12 +117,14 @@ class Adaptive:
         saved = load_adaptive(self.name)
         batch = read_input(saved, str(self.input))
         trace = KINDS[saved.kind].target(saved).trace(batch)
-        image = batch[0, 0] if saved.kind == "a-vit" else None
+        image = {"a-vit": lambda: batch[0, 0], "rin": lambda: trace.more["pictures"][0, 0]}.get(
+            saved.kind, lambda: None
+        )()
         out = self.out or Path(f"{saved.kind}-trace.html")
         write_pictures(out, f"{self.name}: {str(self.input)[:60]}", [trace.picture(0, image=image)])
         facts: dict[str, Any] = {"model": self.name, "page": str(out), "mac_ratio": float(trace.mac_ratio[0])}
         facts |= {f"{option}_by_step": trace.share(option).tolist() for option in trace.options}
-        if saved.kind != "duo-llm":
+        if saved.kind in ("a-vit", "adatape"):
             facts["says"] = int(trace.more["logits"][0].argmax())
         if trace.texts is not None:
             facts["tokens"] = [

@@ -20,7 +20,7 @@ def read_input(saved: Saved, text: str) -> Tensor:
     """A batch of one.
 
     For A-ViT the number of a digit of the test set ("17"), or an image file, bright on dark; for Duo-LLM a text, or
-    the path of a file that holds one; for AdaTape symbols, as in "1-0110".
+    the path of a file that holds one; for AdaTape symbols, as in "1-0110"; for RIN the digit to make.
 
     Raises:
         DataError: nothing to read in it.
@@ -29,6 +29,8 @@ def read_input(saved: Saved, text: str) -> Tensor:
     if saved.kind == "a-vit":
         model = cast(AViT, saved.model)
         return read_image(text, model.config.image, seed=int(saved.recipe.get("seed", 0)))
+    if saved.kind == "rin":
+        return read_label(text)
     if saved.kind == "adatape":
         return read_symbols(text)
     return read_text(text, cast(DuoLLM, saved.model).config.context)
@@ -80,6 +82,13 @@ def read_symbols(text: str) -> Float[Tensor, "1 length"]:
     if not symbols or set(symbols) - {"1", "0", "-1"}:
         raise DataError(f"{text!r} is no sequence of symbols; give 1, 0 and -, as in 1-0110")
     return torch.tensor([[float(symbol) for symbol in symbols]])
+
+
+def read_label(text: str) -> Int[Tensor, "1"]:
+    """A digit to make."""
+    if not text.isdecimal() or int(text) > 9:
+        raise DataError(f"{text!r} is no digit to make; give 0 to 9")
+    return torch.tensor([int(text)])
 
 
 def _pixels(path: Path) -> Float[Tensor, "..."]:

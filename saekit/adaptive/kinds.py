@@ -21,6 +21,10 @@ from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
 from saekit.adaptive.duo_router import calibrate, router_logits
+from saekit.adaptive.rin import RIN
+from saekit.adaptive.rin_recipe import DENOISING, RINRecipe
+from saekit.adaptive.rin_report import measure_rin
+from saekit.adaptive.rin_target import rin_target
 from saekit.adaptive.saved import Saved, filled, save_adaptive
 from saekit.adaptive.stages import STATE_FILE, OnReport, Recipe, train_stages
 from saekit.errors import UnknownNameError
@@ -125,6 +129,10 @@ def _finish_adatape(recipe: Recipe, weights: Weights) -> Saved:
     return Saved(kind="adatape", model=filled(recipe.build(), weights[PARITY]), recipe=_as_dict(recipe))
 
 
+def _finish_rin(recipe: Recipe, weights: Weights) -> Saved:
+    return Saved(kind="rin", model=filled(recipe.build(), weights[DENOISING]), recipe=_as_dict(recipe))
+
+
 def _digits(saved: Saved) -> tuple[Tensor, Tensor]:
     side, seed = cast(AViT, saved.model).config.image, int(saved.recipe.get("seed", 0))
     digits = load_digits(seed)
@@ -174,5 +182,13 @@ KINDS: Mapping[str, Kind] = {
         measure=lambda saved, rows: measure_adatape(cast(AdaTape, saved.model)),
         target=lambda saved: adatape_target(cast(AdaTape, saved.model)),
         inputs=_sequences,
+    ),
+    "rin": Kind(
+        name="rin",
+        recipe=lambda seed: RINRecipe(seed=seed),
+        finish=_finish_rin,
+        measure=lambda saved, rows: measure_rin(cast(RIN, saved.model), seed=int(saved.recipe.get("seed", 0))),
+        target=lambda saved: rin_target(cast(RIN, saved.model)),
+        inputs=lambda saved: (torch.arange(200) % 10, torch.arange(50) % 10),
     ),
 }

@@ -32,7 +32,7 @@ def picture_of(
     if grid is not None:
         body = _depth_map(live.sum(0)[extra:].reshape(grid).tolist(), len(live), image)
         legend = _legend([f"{depth}" for depth in (1, len(live))], [_shade(1, len(live)), _shade(len(live), len(live))])
-        caption = f"{caption}; colour: steps before a patch was left alone"
+        caption = f"{caption}; colour: steps that a patch was worked on"
     else:
         body = _strips(options, decision, margin, live, texts)
         legend = _legend(list(options), [_COLOURS[i % len(_COLOURS)] for i in range(len(options))])
@@ -129,6 +129,6 @@ def _legend(names: Sequence[str], colours: Sequence[str]) -> str:
 
 
 def _shade(depth: int, most: int) -> str:
-    part = (depth - 1) / max(most - 1, 1)
+    part = max(depth - 1, 0) / max(most - 1, 1)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(_SHALLOW, _DEEP, strict=True))
     return f"rgb({red},{green},{blue})"

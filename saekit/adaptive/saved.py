@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saekit.adaptive.a_vit import AViT, AViTConfig
 from saekit.adaptive.adatape import AdaTape, AdaTapeConfig
 from saekit.adaptive.duo_llm import DuoConfig, DuoLLM
+from saekit.adaptive.rin import RIN, RINConfig
 from saekit.checkpoint import written_whole
 from saekit.errors import FileError, UnknownNameError
 
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "a-vit": (AViTConfig, AViT),
     "duo-llm": (DuoConfig, DuoLLM),
     "adatape": (AdaTapeConfig, AdaTape),
+    "rin": (RINConfig, RIN),
 }
 
 

@@ -30,6 +30,7 @@ class DecisionTrace:
         full_macs: multiplications per example if nothing were saved.
         grid: rows and columns, where the places (but the first `extra` ones) are patches of a picture.
         extra: places before the patches (a class token).
+        counts: the option whose steps a map over the patches counts; None counts those that a patch was live in.
         texts: of the places of each example, where they are tokens of a text.
         more: other tensors of the model's own, first dimension examples.
     """
@@ -44,6 +45,7 @@ class DecisionTrace:
     full_macs: float
     grid: tuple[int, int] | None = None
     extra: int = 0
+    counts: str | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -121,11 +123,14 @@ class DecisionTrace:
         """
         if not 0 <= example < len(self):
             raise SaekitError(f"example {example} is outside a trace of {len(self)}; count from 0")
+        live = self.live[example]
+        if self.counts is not None:
+            live = live & (self.decision[example] == self.options.index(self.counts))
         return picture_of(
             options=self.options,
             decision=self.decision[example],
             margin=self.margin[example],
-            live=self.live[example],
+            live=live,
             texts=None if self.texts is None else self.texts[example],
             grid=self.grid,
             extra=self.extra,
