@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saekit.adaptive.a_vit_recipe import load_once
 from saekit.adaptive.diffusion import Sampler, Sampling, cosine, denoising_loss, linear, noised, sigmoid
 from saekit.adaptive.rin import RIN, RINConfig, wave
+from saekit.adaptive.rin_recipe import RINRecipe
+from saekit.adaptive.rin_report import frechet
+from saekit.adaptive.rin_target import rin_target
+from saekit.adaptive.stages import train_stages
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching import Intervention, ReplaceFrom, Zero, run_with_interventions
 from saekit.targets import Site, Target
@@ -227,3 +233,36 @@ def test_what_does_not_fit_is_refused():
     target = Target.wrap(Sampler(model, Sampling(steps=4)))
     with pytest.raises(SaekitError, match="choose @0 to @3"):
         target.read(torch.zeros(1, 1, 8, 8), [Site.parse("model.z_prev:out@4")])
+
+
+def test_a_target_says_which_patches_each_step_read_more_than_their_share():
+    target = rin_target(model_of(), Sampling(steps=4))
+    labels = torch.tensor([3, 7, 7])
+    trace = target.trace(labels)
+    assert trace.decision.shape == (3, 4, 16)
+    torch.testing.assert_close(trace.score.sum(2), torch.ones(3, 4))
+    assert torch.equal(trace.decision == 1, trace.score > 1 / 16)
+    assert trace.mac_ratio.tolist() == [1.0] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(target.target.run(labels), trace.more["pictures"])
+    assert "steps that a patch was worked on" in trace.picture(1, image=trace.more["pictures"][1, 0])
+    assert target.steps == ()
+    with pytest.raises(SaekitError, match="step 0 of rin has no free decision"):
+        target.step(0)
+
+
+def test_the_recipe_learns_to_tell_noise_from_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    recipe = RINRecipe(batch=16, steps=60)
+    losses = []
+    train_stages(recipe, tmp_path, on_report=lambda report: losses.append(report["loss"]))
+    assert sum(losses[-10:]) < sum(losses[:10]) * 0.8
+    digits = load_once(0)
+    assert digits.train.min() == 0 and digits.train.max() == 1
+
+
+def test_the_distance_of_two_sets_is_none_to_itself_and_that_of_their_gaussians():
+    a = np.random.default_rng(0).normal(size=(4000, 3))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, a + 2) == pytest.approx(12, abs=1e-6)
+    assert frechet(a, 3 * a) == pytest.approx(3 * 4 + np.square(2 * a.mean(0)).sum(), rel=0.05)
