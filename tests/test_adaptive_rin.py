@@ -220,7 +220,7 @@ def test_the_wave_is_standardised_and_tells_times_apart():
 
 def test_what_does_not_fit_is_refused():
     model, (_, gamma, label, z) = model_of(), inputs_of()
-    with pytest.raises(ShapeError, match=r"images are \(1, 6, 6\), but this model makes \(1, 8, 8\)"):
+    with pytest.raises(ShapeError, match=r"images are \(1, 6, 6\), but this model works on \(1, 8, 8\)"):
         model(torch.zeros(3, 1, 6, 6), gamma, label, z)
     with pytest.raises(SaekitError, match="8 pixels are no whole number of patches of 3"):
         RINConfig(patch=3)

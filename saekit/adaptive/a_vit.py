@@ -28,8 +28,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saekit.adaptive.block import Block, initialise
+from saekit.adaptive.patches import patches_of
 from saekit.adaptive.trace import DecisionTrace
-from saekit.errors import SaekitError, ShapeError
+from saekit.errors import SaekitError
 
 OPTIONS = ("go on", "halt")
 
@@ -165,12 +166,7 @@ class AViT(nn.Module):
             ShapeError: images of another size.
         """
         config = self.config
-        if tuple(images.shape[1:]) != (config.channels, config.image, config.image):
-            raise ShapeError(
-                f"images are {tuple(images.shape[1:])}, but this model reads "
-                f"({config.channels}, {config.image}, {config.image}); resize or pad them"
-            )
-        patches = nn.functional.unfold(images, config.patch, stride=config.patch).transpose(1, 2)
+        patches = patches_of(images, channels=config.channels, image=config.image, patch=config.patch)
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), self.embed(patches)], dim=1)
         return tokens + self.position
 

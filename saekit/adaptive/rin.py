@@ -27,7 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.adaptive.block import Attention, Block, FeedForward, initialise
-from saekit.errors import SaekitError, ShapeError
+from saekit.adaptive.patches import patches_of
+from saekit.errors import SaekitError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,12 +169,7 @@ class RIN(nn.Module):
             ShapeError: images of another size.
         """
         config = self.config
-        if tuple(images.shape[1:]) != (config.channels, config.image, config.image):
-            raise ShapeError(
-                f"images are {tuple(images.shape[1:])}, but this model makes "
-                f"({config.channels}, {config.image}, {config.image}); resize or pad them"
-            )
-        patches = nn.functional.unfold(images, config.patch, stride=config.patch).transpose(1, 2)
+        patches = patches_of(images, channels=config.channels, image=config.image, patch=config.patch)
         x = self.stem_norm(self.embed(patches)) + self.position
         z = self.latents(gamma, label, z_prev)
         for block in self.stack:

@@ -74,7 +74,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Distance of two Gaussians fitted to rows of features."""
     spread_a, spread_b = np.cov(a.T), np.cov(b.T)
     # the root of a singular product may have a small imaginary part
-    root = np.asarray(sqrtm(spread_a @ spread_b)).real
+    root = np.real(sqrtm(spread_a @ spread_b))
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(spread_a + spread_b - 2 * root))
 
 
