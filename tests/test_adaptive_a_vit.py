@@ -190,6 +190,7 @@ def test_forced_halts_and_continuations_hold_and_weights_still_add_up():
     assert (late.depth == 4).all()
     for trace in (early, late):
         torch.testing.assert_close(trace.more["weights"].sum(1), torch.ones(6))
+        assert (trace.more["weights"] >= 0).all()
     assert (trace_with(target, images, [Shift(4.0)]).macs < target.trace(images).macs).all()
 
 

@@ -30,7 +30,7 @@ class AdaTapeRecipe:
     moves_query: bool = True
     plain: bool = False
     batch: int = 128
-    steps: int = 2000
+    steps: int = 1000
     learning_rate: float = 1e-3
     impurity_weight: float = 0.01
 
@@ -38,7 +38,7 @@ class AdaTapeRecipe:
     def stages(self) -> tuple[Stage, ...]:
         return (
             Stage(
-                name=PARITY, steps=self.steps, learning_rate=self.learning_rate, weight_decay=0.01, betas=(0.9, 0.999)
+                name=PARITY, steps=self.steps, learning_rate=self.learning_rate, weight_decay=0.01, betas=(0.9, 0.99)
             ),
         )
 

@@ -70,6 +70,11 @@ def draw(seed: int, stage: Stage, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + name) * 1_000_003 + step)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers of one seed."""
+    return torch.Generator().manual_seed(seed)
+
+
 def train_stages(
     recipe: Recipe,
     out: Path,
