@@ -29,7 +29,7 @@ class RINRecipe:
     blocks: int = 1
     compute: int = 1
     batch: int = 64
-    steps: int = 2000
+    steps: int = 5000
     learning_rate: float = 4e-3
     rate: float = 0.9
 

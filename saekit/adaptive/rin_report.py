@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from saekit.adaptive.diffusion import Sampler, Sampling
@@ -73,9 +72,9 @@ def measure_rin(model: RIN, *, seed: int) -> dict[str, Any]:
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Distance of two Gaussians fitted to rows of features."""
     spread_a, spread_b = np.cov(a.T), np.cov(b.T)
-    # the root of a singular product may have a small imaginary part
-    root = np.real(sqrtm(spread_a @ spread_b))
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(spread_a + spread_b - 2 * root))
+    # the trace of the root of a product, which is real although the product is not symmetric
+    of_root = np.sqrt(np.linalg.eigvals(spread_a @ spread_b).real.clip(0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(spread_a + spread_b) - 2 * of_root)
 
 
 def _eps_errors(model: RIN, digits: Digits) -> dict[str, float]:
