@@ -7,7 +7,7 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check interop interop-splice bench bench-speed bench-peers bench-allocation clean
+.PHONY: help .venv demo test test-lens3 check interop interop-splice bench bench-speed bench-peers bench-allocation bench-adaptive clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench-speed  a training step in encoder products, by rule; QUICK=1 for a look; THREADS, OUT as you like'
 	@echo 'make bench-peers  the same beside SAELens, sparsify and dictionary_learning'
 	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
+	@echo 'make bench-adaptive     every adaptive model from three seeds, with its controls: hours, resumable'
 	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean        remove the environments and everything that was built'
 
@@ -92,6 +93,9 @@ bench-peers: $(READY) $(INTEROP)/.ready
 
 bench-allocation: $(READY)
 	$(BIN)/python -m benchmarks.allocation.study $(if $(QUICK),--quick)
+
+bench-adaptive: $(READY)
+	$(BIN)/python -m benchmarks.adaptive.study
 
 clean:
 	rm -rf .venv $(LENS3) .venv-interop build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

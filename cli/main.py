@@ -21,6 +21,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 from .check import Check
+from .adaptive import Adaptive
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
@@ -60,6 +61,7 @@ COMMANDS: dict[str, type[Command]] = {
     "index": Index,
     "steer": Steer,
     "effects": Effects,
+    "adaptive": Adaptive,
     "pretrain": Pretrain,
     "doctor": Doctor,
 }

@@ -1,0 +1,119 @@
+"""Every adaptive model from several seeds: what each reports, as mean and spread, and pictures of decisions.
+
+    python -m benchmarks.adaptive.study [--out FOLDER] [--seeds 0 1 2] [--kinds a-vit duo-llm ...]
+
+A model that is in the folder is not trained again, and one that was interrupted goes on. README.md beside this file
+says what the numbers mean.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saekit.adaptive.adatape import PlainTransformer
+from saekit.adaptive.adatape_recipe import AdaTapeRecipe, parity, sequences
+from saekit.adaptive.adatape_report import N_TEST, TEST_SEED
+from saekit.adaptive.kinds import KINDS, train_kind
+from saekit.adaptive.picture import write_pictures
+from saekit.adaptive.saved import load_adaptive
+from saekit.adaptive.stages import STATE_FILE, seeded, train_stages
+
+SHOWN = 4
+# what parity is held against: a transformer without a tape, and reading without recurrence
+CONTROLS: Mapping[str, Mapping[str, bool]] = {"plain": {"plain": True}, "still": {"moves_query": False}}
+
+
+def trained(kind: str, seed: int, out: Path, *, rows: int) -> Mapping[str, Any]:
+    """The facts of one model, which is trained if it is not there yet."""
+    folder = out / f"{kind}-{seed}"
+    if not folder.is_dir():
+        note(f"{kind}, seed {seed}")
+        unfinished = (out / f"{kind}-{seed}.training" / STATE_FILE).exists()
+        train_kind(kind, folder, seed=seed, rows=rows, resume=unfinished)
+    return load_adaptive(folder, kind=kind).facts
+
+
+def parity_controls(seed: int, out: Path) -> dict[str, float]:
+    """The accuracy of each control of AdaTape, trained as long."""
+    kept = out / f"adatape-controls-{seed}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    symbols = sequences(N_TEST, AdaTapeRecipe().length, seeded(TEST_SEED))
+    found = {}
+    for name, changes in CONTROLS.items():
+        note(f"adatape without what it needs ({name}), seed {seed}")
+        recipe = AdaTapeRecipe(seed=seed, **changes)
+        beside = out / f"adatape-{name}-{seed}.training"
+        weights = train_stages(recipe, beside, resume=(beside / STATE_FILE).exists())
+        model = recipe.build()
+        model.load_state_dict(weights[recipe.stages[0].name])
+        run = model.eval()(symbols)
+        logits = run if isinstance(model, PlainTransformer) else run.logits
+        found[name] = float((logits.argmax(1) == parity(symbols)).float().mean())
+        (beside / STATE_FILE).unlink(missing_ok=True)
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def numbers_of(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number among the facts, with a name that says where it stands."""
+    found: dict[str, float] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found |= numbers_of(value, f"{prefix}{name}.")
+        elif name == "budgets":
+            for row in value:
+                found |= numbers_of({k: v for k, v in row.items() if k != "budget"}, f"budget {row['budget']}.")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def table(by_seed: Sequence[Mapping[str, float]]) -> list[str]:
+    """One line per number: the mean and the smallest and largest over seeds."""
+    lines = ["| number | mean | least | most |", "|---|---|---|---|"]
+    for name in by_seed[0]:
+        values = [facts[name] for facts in by_seed if name in facts]
+        lines.append(f"| {name} | {statistics.fmean(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
+    return lines
+
+
+def study(kinds: Sequence[str], seeds: Sequence[int], out: Path, *, rows: int) -> Path:
+    """Train what is missing, and write `results.md` and a page of pictures per kind."""
+    lines = [f"Seeds {', '.join(map(str, seeds))}."]
+    for kind in kinds:
+        facts = [numbers_of(trained(kind, seed, out, rows=rows)) for seed in seeds]
+        if kind == "adatape":
+            facts = [
+                one | numbers_of(parity_controls(seed, out), "control.") for one, seed in zip(facts, seeds, strict=True)
+            ]
+        lines += ["", f"## {kind}", "", *table(facts)]
+        saved = load_adaptive(out / f"{kind}-{seeds[0]}")
+        trace = KINDS[kind].target(saved).trace(KINDS[kind].inputs(saved)[1][:SHOWN])
+        write_pictures(out / f"{kind}.html", kind, [trace.picture(number) for number in range(len(trace))])
+    results = out / "results.md"
+    results.write_text("\n".join(lines) + "\n")
+    return results
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("adaptive-study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--rows", type=int, default=64, help="rows of held-out text for duo-llm")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(study(options.kinds, options.seeds, options.out, rows=options.rows).read_text())
+
+
+if __name__ == "__main__":
+    main()
