@@ -20,8 +20,8 @@ from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
-from .check import Check
 from .adaptive import Adaptive
+from .check import Check
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
