@@ -47,10 +47,7 @@ def read_tensors(path: Path, *, contents: bool = True) -> Read:
     """
     if path.suffix not in READERS:
         raise FileError(f"{path} is no file of weights; expected {', '.join(READERS)}")
-    tensors, rest = READERS[path.suffix](path, contents)
-    if not tensors:
-        raise FileError(f"{path} holds no tensors; give a file of weights")
-    return tensors, rest
+    return _not_empty(path, READERS[path.suffix](path, contents))
 
 
 def read_header(path: Path, file: io.BufferedReader) -> Read:
@@ -64,10 +61,13 @@ def read_header(path: Path, file: io.BufferedReader) -> Read:
     """
     if path.suffix not in HEADERS:
         raise FileError(f"{path} says its shapes nowhere but in its contents; expected {', '.join(HEADERS)}")
-    tensors, rest = HEADERS[path.suffix](path, file)
-    if not tensors:
+    return _not_empty(path, HEADERS[path.suffix](path, file))
+
+
+def _not_empty(path: Path, read: Read) -> Read:
+    if not read[0]:
         raise FileError(f"{path} holds no tensors; give a file of weights")
-    return tensors, rest
+    return read
 
 
 def _safetensors_header(path: Path, file: io.BufferedReader) -> Read:
