@@ -140,7 +140,7 @@ def greedy_set(behaviour: Behaviour, *, size: int) -> SetCurve:
 
 
 def halved_set(behaviour: Behaviour, *, size: int) -> SetCurve:
-    """Hierarchical attribution: of all features that differ the weaker half goes, again and again, until `size` are left.
+    """Hierarchical attribution: of all features that differ, halve away the weaker ones until `size` are left.
 
     A round asks each feature for its attribution among those that are still in, the mean of its gradient with nothing
     and with all of them patched in. That takes two passes per halving, however large the set, where `greedy_set` takes
