@@ -136,6 +136,34 @@ def test_without_any_node_the_metric_is_that_of_the_other_prompt(target):
     assert found.effect == pytest.approx(own - other, abs=1e-4)
 
 
+@torch.no_grad()
+def test_a_part_of_a_site_is_patched_as_by_hand(target):
+    sae = sae_of(TopK(5))
+    circuit = trace_circuit(target, {THIRD: sae}, OWN, METRIC_OF, other_ids=OTHER, n_nodes=4, mask=TOKENS)
+    own, other = (target.read(ids, [THIRD])[THIRD][0] for ids in (OWN, OTHER))
+    codes, theirs = (sae.encode(x).to_dense() for x in (own, other))
+    error, their_error = own - codes @ sae.decoder, other - theirs @ sae.decoder
+
+    def value(chosen) -> float:
+        mixed, rest = theirs.clone(), their_error.clone()
+        for position, feature in chosen:
+            if feature == ERROR:
+                rest[position] = error[position]
+            else:
+                mixed[position, feature] = codes[position, feature]
+        x = mixed @ sae.decoder + rest
+        x[0] = own[0]
+        return float(METRIC_OF(target.run(OWN, edits={THIRD: lambda _: x[None]}), torch.tensor([0])))
+
+    every = {(p, f) for p in range(1, 5) for f in range(-1, sae.n_features)}
+    chosen = {(node.position, node.feature) for node in circuit.nodes}
+    none, whole = value(set()), value(every)
+    found = check_circuit(target, {THIRD: sae}, OWN, METRIC_OF, circuit, other_ids=OTHER, mask=TOKENS)
+    assert found.faithful == pytest.approx((value(chosen) - none) / (whole - none), abs=1e-4)
+    assert found.complete == pytest.approx(1 - (value(every - chosen) - none) / (whole - none), abs=1e-4)
+    assert {f == ERROR for _, f in chosen} == {True, False} and abs(found.faithful) > 1e-2
+
+
 def test_few_nodes_are_the_largest_and_pruning_drops_small_edges(target):
     saes = SETS["three saes"]()
     every, few = (

@@ -17,7 +17,7 @@ from saekit.activations.mask import MaskPolicy
 from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.patching.attribution import attribute, difference
 from saekit.patching.effects import EVERYWHERE, Candidates, exact_effects, metric_of, read_prompts, site_effects
-from saekit.patching.feature_sets import greedy_set, read_behaviour
+from saekit.patching.feature_sets import greedy_set, halved_set, read_behaviour
 from saekit.patching.metric import LogitDifference, NextTokenLoss
 from saekit.patching.statistics import bootstrap, matched_features, rank_correlation, with_random_decoder
 from saekit.patching.tokens import TokenMask
@@ -423,9 +423,25 @@ def test_the_greedy_set_takes_what_helps_most_first(behaviour):
     assert helping[:3].all() and not helping[-1]
 
 
+@pytest.mark.parametrize("size", [1, 3, 5, FEATURES])
+def test_halving_ends_with_what_helps_most(behaviour, size):
+    """In the planted model, whose second-order part is small beside a feature's own effect."""
+    found = halved_set(behaviour, size=size)
+    singles = torch.tensor([behaviour.shares(torch.tensor([feature]))[0] for feature in range(FEATURES)])
+    assert len(found.features.unique()) == size == len(found.sufficient) - 1
+    best = singles.topk(size).indices
+    share = behaviour.shares(best)[0]
+    assert float(found.sufficient[-1]) >= share - 0.05 * abs(share)
+    sizes = behaviour.shares(found.features)
+    assert (float(found.sufficient[-1]), float(found.necessary[-1])) == pytest.approx(sizes, abs=1e-6)
+    assert float(singles[found.features[0]]) >= float(singles.sort(descending=True).values[1])
+
+
 def test_sets_that_make_no_sense_are_refused(sae, behaviour):
     with pytest.raises(SaekitError, match=r"a set of 13 features is asked for, and 12 differ"):
         greedy_set(behaviour, size=13)
+    with pytest.raises(SaekitError, match=r"a set of 0 features is asked for"):
+        halved_set(behaviour, size=0)
     with pytest.raises(SaekitError, match=r"with and without what stream:out has on the other prompts"):
         read_behaviour(TARGET, sae, SITE, IDS, IDS, METRIC, mask=MASK)
     with pytest.raises(ShapeError, match=r"so give prompts of the same sizes"):

@@ -1,4 +1,4 @@
-"""Which features of the bundled SAE carry three habits of the bundled model, and how few of them are enough.
+"""Which features of the bundled SAE carry five habits of the bundled model, and how few of them are enough.
 
     python -m benchmarks.pystd.behaviours
 
@@ -7,7 +7,11 @@ another, so that another token ought to follow:
 
     bracket   f(a, b   ->  )    with the open bracket exchanged   ->  ]
     colon     def f(a  ->  ):   with `return` for `def`           ->  )
+    quote     x = 'a     ->  '     with the quote that opens exchanged ->  "
+    self      self.a = b ... self.  ->  a    with another name for a ->  that name
     indent    def f(a):  ->  a deeper line   with `)` for `):`    ->  a line as deep as before
+
+`self` is the hard one: each prompt remembers another name, so no small set can serve them all.
 
 The metric is the difference of the two logits. Features are patched from the clean into the corrupted run;
 sets are chosen on one half of the prompts and judged on the other, which shares no row with it.
@@ -23,13 +27,14 @@ from torch import Tensor
 import saekit
 from saekit.activations.corpus import load_corpus
 from saekit.patching.effects import read_prompts
-from saekit.patching.feature_sets import Behaviour, greedy_set, read_behaviour
+from saekit.patching.feature_sets import Behaviour, greedy_set, halved_set, read_behaviour
 from saekit.patching.metric import LogitDifference
 from saekit.patching.statistics import matched_features
 
 LENGTH = 32
 SIZES = (1, 2, 5, 10, 20, 50)
 OTHER_BRACKET = str.maketrans("([)]", "[(])")
+OTHER_QUOTE = str.maketrans("'\"", "\"'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,33 @@ def find_indent(window: list[int], following: int, words: Vocabulary) -> Pair | 
     return _replaced(window, len(window) - 1, ")", following, same, words)
 
 
+def find_quote(window: list[int], following: int, words: Vocabulary) -> Pair | None:
+    close = words.texts[following]
+    if sum(close.count(quote) for quote in "'\"") != 1 or close[0] not in "'\"":
+        return None
+    for i in reversed(range(len(window))):
+        text = words.texts[window[i]]
+        found = [letter for letter in text if letter in "'\"\n"]
+        if found:
+            is_match = found == [close[0]] and text.endswith(close[0])
+            wrong = close.translate(OTHER_QUOTE)
+            return _replaced(window, i, text.translate(OTHER_QUOTE), following, wrong, words) if is_match else None
+    return None
+
+
+def find_self(window: list[int], following: int, words: Vocabulary) -> Pair | None:
+    name = words.texts[following]
+    if not name.isidentifier() or [words.texts[token].strip() for token in window[-2:]] != ["self", "."]:
+        return None
+    places = [i for i in range(2, len(window) - 2) if window[i] == following]
+    if len(places) != 1 or [words.texts[token].strip() for token in window[places[0] - 2 : places[0]]] != ["self", "."]:
+        return None
+    other = "name" if name != "name" else "value"
+    if words.ids[other] in window:
+        return None
+    return _replaced(window, places[0], other, following, other, words)
+
+
 def _pair(window: list[int], at: int, text: str, close: str, words: Vocabulary) -> Pair | None:
     return _replaced(window, at, text, words.ids[close], close.translate(OTHER_BRACKET), words)
 
@@ -130,8 +162,11 @@ def read_pairs(target: saekit.Target, sae: saekit.SAE, pairs: Sequence[Pair]) ->
     return read_behaviour(target, sae, saekit.Site.parse(sae.cfg.hook_name), corrupted, clean, metric)
 
 
-def report(name: str, chosen_on: Behaviour, judged_on: Behaviour, sae: saekit.SAE, size: int, draws: int) -> None:
-    found = greedy_set(chosen_on, size=size)
+def report(
+    name: str, chosen_on: Behaviour, judged_on: Behaviour, sae: saekit.SAE, size: int, draws: int, halving: bool
+) -> None:
+    find = halved_set if halving else greedy_set
+    found = find(chosen_on, size=size)
     sizes = [n for n in SIZES if n <= size]
     shares = {n: judged_on.shares(found.features[:n]) for n in sizes}
     print(f"{name}: logit difference {judged_on.base:.2f} -> {judged_on.goal:.2f}, first {found.features[:5].tolist()}")
@@ -153,19 +188,23 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=48, help="pairs per habit, half of them to judge by")
     arguments.add_argument("--size", type=int, default=20, help="largest set")
     arguments.add_argument("--draws", type=int, default=10, help="random sets per size")
+    arguments.add_argument("--halving", action="store_true", help="halve the set of all features, not one by one")
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     target, sae = saekit.Target.load("pystd"), saekit.SAE.from_pretrained("pystd", "layers.2")
     texts = [target.tokenizer.decode([i]) for i in range(len(target.tokenizer))]
     words = Vocabulary(texts, {text: i for i, text in enumerate(texts)})
     rows = load_corpus("stdlib", target.tokenizer, context=sae.cfg.context_size or 256).held_out.ids
-    for name, find in (("bracket", find_bracket), ("colon", find_colon), ("indent", find_indent)):
+    habits = {
+        "bracket": find_bracket, "colon": find_colon, "quote": find_quote, "self": find_self, "indent": find_indent,
+    }  # fmt: skip
+    for name, find in habits.items():
         pairs = find_pairs(rows, find, words, target.tokenizer.bos_token_id, given.prompts, given.seed)
         half = len(pairs) // 2
         print(f"{name}: {len(pairs)} pairs")
         report(
             name, read_pairs(target, sae, pairs[:half]), read_pairs(target, sae, pairs[half:]), sae, given.size,
-            given.draws,
+            given.draws, given.halving,
         )  # fmt: skip
 
 

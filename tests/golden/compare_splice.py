@@ -86,4 +86,5 @@ if __name__ == "__main__":
     for kind in KINDS:
         for use_error_term in (True, False):
             n = compare(kind, use_error_term)
-            print(f"{kind}, {'with' if use_error_term else 'without'} the error term: {n} tensors equal")
+            term = "with" if use_error_term else "without"
+            sys.stdout.write(f"{kind}, {term} the error term: {n} tensors equal\n")
