@@ -288,3 +288,13 @@ def test_the_prior_refuses_a_depth_outside_the_model():
 def test_the_ponder_loss_counts_the_class_token():
     run = a_vit_of()(images_of())
     assert float(ponder_loss(run.ponder).detach()) == pytest.approx(float(run.ponder.detach().sum()) / (6 * 17))
+
+
+def test_the_code_prior_is_the_reversed_divergence_with_its_peak_at_the_index_of_the_target():
+    mean = torch.tensor([0.02, 0.1, 0.4, 0.2, 0.05])
+    wanted = target_depths_of_code(5, 2)
+    assert wanted.argmax() == 2
+    share = (mean / mean.sum()).clamp(0.01, 0.99)
+    expected = float((wanted * (wanted / share).log()).sum() / 5)
+    loss = prior_loss(mean[None, :, None].expand(2, 5, 3), prior="code", target=2.0)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)

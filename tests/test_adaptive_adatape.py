@@ -54,6 +54,7 @@ def test_a_tape_is_never_shorter_or_longer_than_its_rule_allows(longest, share, 
     assert (tape.impurity <= tape.length * (1 - 1 / rule.at_once) + 1e-5).all()
     assert (tape.running[:, 1:] <= tape.running[:, :-1]).all()
     assert torch.equal(tape.halted.sum(1), torch.ones(5, dtype=torch.int64))
+    assert torch.equal(tape.total[:, -1], tape.total[tape.halted])  # nothing is added behind the end
 
 
 def test_equal_entries_make_the_longest_tape_and_a_clear_choice_the_shortest():

@@ -185,7 +185,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     save_adaptive(Saved(kind="a-vit", model=a_vit_of()), tmp_path / "m")
     with pytest.raises(FileError, match="holds a model of kind 'a-vit', not duo-llm"):
         load_adaptive(tmp_path / "m", kind="duo-llm")
-    with pytest.raises(UnknownNameError, match="no adaptive model or folder named 'a-vti'; closest of 2: a-vit"):
+    with pytest.raises(UnknownNameError, match="no adaptive model or folder named 'a-vti'; closest of 4: a-vit"):
         load_adaptive("a-vti")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     for spoilt in ({"kind": "x"}, {"config": {"image": 8, "wings": 2}}, {"config": {**config["config"], "width": 32}}):

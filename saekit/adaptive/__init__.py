@@ -1,7 +1,8 @@
 """Models that decide how much to compute: what they decided, what follows if they decide otherwise, and why.
 
-A-ViT (tokens halt) and Duo-LLM (tokens choose a big or a small layer) are here, trained in miniature; early exit makes
-a decider of any language model. To make your own model one, let every decision pass through submodules: one that
+A-ViT (patches halt), Duo-LLM (a big or a small layer for each token), AdaTape (a tape of any length is read) and RIN
+(latents carried from step to step choose what to read) are here, trained in miniature; early exit makes a decider of
+any language model. To make your own model one, let every decision pass through submodules: one that
 reads (its input is the decision path), an `nn.Identity` that everything else reads through (the content path), and
 one each for scores and decisions. Then say where these are, and how a forward pass becomes a `DecisionTrace`:
 
@@ -56,6 +57,7 @@ from saekit.adaptive.attribution import attribute_decisions as attribute_decisio
 from saekit.adaptive.deciding import DecidingTarget as DecidingTarget
 from saekit.adaptive.deciding import Step as Step
 from saekit.adaptive.deciding import a_vit_target as a_vit_target
+from saekit.adaptive.deciding import adatape_target as adatape_target
 from saekit.adaptive.deciding import duo_target as duo_target
 from saekit.adaptive.early_exit import early_exit_target as early_exit_target
 from saekit.adaptive.early_exit import skipping as skipping
@@ -64,6 +66,7 @@ from saekit.adaptive.effects import trace_edited as trace_edited
 from saekit.adaptive.harvest import harvest as harvest
 from saekit.adaptive.harvest import live_only as live_only
 from saekit.adaptive.harvest import train_decision_sae as train_decision_sae
+from saekit.adaptive.interventions import DecisionEdit as DecisionEdit
 from saekit.adaptive.interventions import Flip as Flip
 from saekit.adaptive.interventions import Force as Force
 from saekit.adaptive.interventions import Replay as Replay
@@ -73,6 +76,7 @@ from saekit.adaptive.interventions import deciding as deciding
 from saekit.adaptive.interventions import shuffled as shuffled
 from saekit.adaptive.interventions import trace_with as trace_with
 from saekit.adaptive.interventions import transplanted as transplanted
+from saekit.adaptive.rin_target import rin_target as rin_target
 from saekit.adaptive.saved import load_adaptive as load_adaptive
 from saekit.adaptive.saved import save_adaptive as save_adaptive
 from saekit.adaptive.trace import DecisionTrace as DecisionTrace

@@ -149,7 +149,9 @@ class AdaTape(nn.Module):
             SaekitError: a symbol other than 1, 0 and -1.
         """
         if symbols.shape[1] != self.config.length:
-            raise ShapeError(f"sequences have {symbols.shape[1]} symbols, but this model reads {self.config.length}")
+            raise ShapeError(
+                f"sequences have {symbols.shape[1]} symbols, but this model reads {self.config.length}; give as many"
+            )
         return one_hot_of(symbols)
 
     def macs(self, lengths: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:

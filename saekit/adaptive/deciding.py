@@ -75,9 +75,8 @@ class DecidingTarget:
             SaekitError: a step that is not there, or whose decision is not free.
         """
         if not 0 <= number < len(self.steps):
-            raise SaekitError(
-                f"step {number} of {self.target.name} has no free decision; they are 0 to {len(self.steps) - 1}"
-            )
+            free = f"they are 0 to {len(self.steps) - 1}" if self.steps else "it takes none, so patch its Sites instead"
+            raise SaekitError(f"step {number} of {self.target.name} has no free decision; {free}")
         return self.steps[number]
 
     def option(self, name: str) -> int:
