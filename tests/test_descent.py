@@ -8,8 +8,8 @@ import torch
 from test_kernels import LargestTensor
 from torch import Tensor, nn
 
-from saekit.codes import SparseCodes
-from saekit.kernels import backend, entries, memory, reference, select
+from benchmarks.speed.ours import DefinitionSAE
+from saekit.kernels import backend, entries, memory, select
 from saekit.losses import AuxZipf
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, TopK
@@ -111,17 +111,6 @@ def test_no_tensor_of_a_whole_step_holds_all_pairs(rule, auxiliary, screens, mon
     assert (report.auxiliary > 0) == (auxiliary is not None)
     assert largest.elements <= n_tokens * n_features / 10
     assert traced <= n_tokens * n_features  # a byte per pair, where float32 takes four
-
-
-class DefinitionSAE(SAE):
-    """Encodes and decodes as the definition says, under plain autograd."""
-
-    def encode(self, x: Tensor) -> SparseCodes:
-        prepared, _ = self.prepare(x)
-        return self.rule(reference.pre_acts(prepared, self.encoder, self.b_enc))
-
-    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
-        return reference.decode_rows(codes.values, codes.features, codes.row_starts, self.decoder) + self.b_dec
 
 
 @pytest.mark.parametrize(
