@@ -72,6 +72,8 @@ class Train:
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
     equal_norms: bool = False
     """Scale every centred token to one norm before encoding."""
+    bf16_screening: bool = False
+    """Find candidates in bfloat16 and select by their exact scores: faster on CPUs with instructions for it."""
     context: int | None = None
     """Tokens per row; the model's own context, at most 256, if not given."""
     row_bos: Literal["yes", "no"] = "yes"
@@ -198,6 +200,7 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
             learning_rate=command.learning_rate,
             auxiliary={"zipf": AuxZipf(), "k": AuxK(), "none": None}[command.auxiliary],
             equal_norms=command.equal_norms,
+            bf16_screening=command.bf16_screening,
         )
         for site, site_out in pairs
     ]

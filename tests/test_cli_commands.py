@@ -15,9 +15,11 @@ from saekit.activations.text import Document
 from saekit.errors import FileError
 from saekit.sae import SAE
 from saekit.selection import Threshold
+from saekit.targets import Target
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli.main import main
 from saekit_cli.output import Progress
+from saekit_cli.train import Train, train_configs
 
 WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
 METRICS = {
@@ -392,3 +394,10 @@ def test_an_sae_of_another_width_is_refused_by_name_and_size(place, tmp_path, ca
     )
     assert code == 1
     assert "encodes rows of 24 numbers, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("screens", [False, True])
+def test_screening_is_on_where_the_command_line_asks_for_it(screens):
+    command = Train(site=("layers.2",), bf16_screening=screens)
+    (config,) = train_configs(command, Target.load("pystd"))
+    assert config.bf16_screening == screens

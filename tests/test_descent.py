@@ -1,13 +1,16 @@
 """The end of a training step must be the four plain operations that it stands for."""
 
+import tracemalloc
 from copy import deepcopy
 
 import pytest
 import torch
+from test_kernels import LargestTensor
 from torch import Tensor, nn
 
-from saekit.codes import SparseCodes
-from saekit.kernels import entries, memory, reference
+from benchmarks.speed.ours import DefinitionSAE
+from saekit.kernels import backend, entries, memory, select
+from saekit.losses import AuxZipf
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, TopK
 from saekit.targets import Site
@@ -82,15 +85,32 @@ def test_a_large_gradient_comes_back_in_the_same_memory_and_none_of_what_was_the
     assert torch.equal(held, want) and torch.equal(other, want)
 
 
-class DefinitionSAE(SAE):
-    """Encodes and decodes as the definition says, under plain autograd."""
-
-    def encode(self, x: Tensor) -> SparseCodes:
-        prepared, _ = self.prepare(x)
-        return self.rule(reference.pre_acts(prepared, self.encoder, self.b_enc))
-
-    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
-        return reference.decode_rows(codes.values, codes.features, codes.row_starts, self.decoder) + self.b_dec
+@pytest.mark.parametrize("screens", [False, True])
+@pytest.mark.parametrize("auxiliary", [None, AuxZipf(k_aux=20), AuxZipf(k_aux=2)], ids=["none", "dense", "entries"])
+@pytest.mark.parametrize("rule", [TopK(4), MutualChoice(4), FeatureChoice(4)], ids=repr)
+def test_no_tensor_of_a_whole_step_holds_all_pairs(rule, auxiliary, screens, monkeypatch):
+    n_tokens, n_features = 500, 2000
+    monkeypatch.setattr(select, "BLOCK_ELEMENTS", 20_000)
+    monkeypatch.setattr(backend, "has_fast_bf16", lambda: True)
+    vectors = torch.randn(n_tokens, 16, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(
+        site=Site("toy"), rule=rule, n_features=n_features, tokens=10 * n_tokens, batch_tokens=n_tokens,
+        auxiliary=auxiliary, bf16_screening=screens,
+    )  # fmt: skip
+    state = TrainState.start(config, vectors)
+    train_step(state, vectors)
+    state.step = 5
+    state.density.tokens_since_fired[:100] = 1 << 40
+    tracemalloc.start()  # numpy's arrays are no tensors, but they are traced
+    try:
+        with LargestTensor() as largest:
+            report = train_step(state, vectors)
+        traced = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (report.auxiliary > 0) == (auxiliary is not None)
+    assert largest.elements <= n_tokens * n_features / 10
+    assert traced <= n_tokens * n_features  # a byte per pair, where float32 takes four
 
 
 @pytest.mark.parametrize(

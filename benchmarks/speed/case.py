@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BATCHES = 4
-# of the features, in runs with an auxiliary loss; near what short runs on the bundled model show
+# of the features, in runs with an auxiliary loss: an assumption, on which its cost depends in proportion
 DEAD_SHARE = 0.05
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     product, written = min(times["product"]), min(times["write_codes"])
     print(
         f"{size}, {options.threads} threads: product {1e3 * product:.0f} ms, write_codes {1e3 * written:.0f} ms "
-        f"({written / product:.2f} x), {size.n_tokens / written:,.0f} tokens/s, {codes.nnz / codes.n_tokens:.1f} per token"
+        f"({written / product:.2f} x), {size.n_tokens / written:,.0f} tokens/s, {codes.nnz / codes.n_tokens:.1f} active"
     )
 
 

@@ -152,10 +152,10 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
 def _candidates_by(
     by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, share: float
 ) -> tuple[Tensor, Tensor] | None:
-    sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)], w_enc, b_enc)
+    size = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
+    sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)][:size], w_enc, b_enc)
     cut = _guess_cut(sample, share)
     prepared = by.Columns.of(w_enc, b_enc)
-    size = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
     positions, scores = [], []
     for start in range(0, len(x), size):
         part = x[start : start + size]
