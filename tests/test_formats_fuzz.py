@@ -72,9 +72,14 @@ def test_flipped_bits_in_a_header(place, bits):
 @given(st.integers(0, len(SAFETENSORS)), st.binary(max_size=8))
 def test_a_file_that_is_cut_short_or_longer(place, length, more):
     path = place / "sae_weights.safetensors"
-    path.write_bytes(SAFETENSORS[:length] + more)
-    whole = SAFETENSORS[:length] + more == SAFETENSORS
-    assert (outcome(lambda: saekit.load(place)) == "") == whole
+    changed = SAFETENSORS[:length] + more
+    path.write_bytes(changed)
+    loads = outcome(lambda: saekit.load(place)) == ""
+    if changed == SAFETENSORS:
+        assert loads
+    # other bytes in the same place are another weight, which nothing but a hash could tell
+    elif len(changed) != len(SAFETENSORS):
+        assert not loads
 
 
 numbers = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
