@@ -1,10 +1,11 @@
 """SAEs that other libraries wrote give here the codes and the outputs that they give there."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit.loading import convert, describe
@@ -95,3 +96,28 @@ def test_whether_rows_began_with_bos_is_kept_under_our_name_too():
 def test_a_skip_connection_without_its_weight_in_the_config_is_not_lost():
     for name in ("saelens/skip_transcoder", "sparsify/skip_without_transcode/embed_tokens"):
         assert loads_as(GOLDEN / name).skip is not None
+
+
+@pytest.mark.parametrize("kind", ["standard", "standard_without_b_dec", "gated", "topk_rescaled", "jumprelu"])
+def test_a_checkpoint_that_was_trained_on_whitened_inputs_reads_raw_ones(kind, tmp_path):
+    plain = saekit.load(GOLDEN / "saelens" / kind)
+    folder = tmp_path / "sae"
+    folder.mkdir()
+    for path in (GOLDEN / "saelens" / kind).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((folder / "cfg.json").read_text()) | {"normalize_activations": "covariance_whitening"}
+    (folder / "cfg.json").write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(0)
+    width = plain.d_model
+    mean, root = torch.randn(width, generator=generator), torch.randn(width, width, generator=generator)
+    matrix = torch.linalg.qr(root).Q * torch.linspace(0.5, 2.0, width)
+    inverse = torch.linalg.inv(matrix)
+    whitening = {"mean": mean, "matrix": matrix.contiguous(), "inverse_matrix": inverse.contiguous()}
+    save_file(whitening, folder / "activation_whitening.safetensors")
+    x = torch.randn(40, width, generator=generator) * 3 + mean
+    whitened = (x - mean) @ matrix
+    sae, codes = saekit.load(folder), plain.encode(whitened)
+    torch.testing.assert_close(sae.encode(x).to_dense(), codes.to_dense(), atol=1e-4, rtol=1e-4)
+    expected = plain.decode(codes, whitened) @ inverse + mean
+    torch.testing.assert_close(sae(x), expected, atol=1e-4, rtol=1e-4)
+    assert describe(folder).weights.encoder.is_meta

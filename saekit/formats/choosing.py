@@ -18,7 +18,7 @@ WEIGHTS = (
 )
 CONFIGS = ("cfg.json", "config.json", "hyperparams.json")
 """The first that is there is an SAE's own config."""
-SIBLINGS = ("activation_scaler.json", "config.yaml")
+SIBLINGS = ("activation_scaler.json", "activation_whitening.safetensors", "config.yaml")
 """What else some formats read beside the weights."""
 ABOVE = ("config.json",)
 """What some formats read in the folder above."""

@@ -106,6 +106,14 @@ class Files:
         """The first of these YAML or JSON files beside the weights that is there; empty where none is."""
         return _read_first(self.folder, names)
 
+    def sibling_tensors(self, name: str) -> Named[Tensor]:
+        """The tensors of a safetensors file beside the weights; none where it is not there."""
+        path = self.folder / name
+        if not path.is_file():
+            return Named(path, "tensor", {})
+        tensors, _ = read_tensors(path, contents=not any(tensor.is_meta for tensor in self.tensors.values()))
+        return Named(path, "tensor", tensors)
+
     def above(self, *names: str) -> Config:
         """The same in the folder above."""
         return _read_first(self.folder.parent, names)

@@ -8,7 +8,8 @@
 
 `u` is the input after `normalize_activations`, less b_dec if `apply_b_dec_to_input`; transcoders never subtract it.
 `expected_average_only_in` multiplies inputs with one number, which is folded here: it is in `activation_scaler.json`
-of a training checkpoint, or in nothing but SAELens' list of SAEs.
+of a training checkpoint, or in nothing but SAELens' list of SAEs. `covariance_whitening` is a linear map of the inputs,
+folded too: it is in `activation_whitening.safetensors` of a training checkpoint.
 """
 
 import re
@@ -20,15 +21,17 @@ from torch import Tensor
 
 from saekit.errors import FileError, SaekitError
 from saekit.formats.files import Config, Files
-from saekit.formats.weights import Weights, cuts, gated, relu, with_unit_decoder
+from saekit.formats.weights import Weights, cuts, gated, relu, with_unit_decoder, with_whitening
 from saekit.normalisation import ConstantNorm, LayerNorm, Normalisation, Plain
 from saekit.selection import AbsTopK, Threshold, TopK
 
+_WHITENING = "covariance_whitening"
 _NORMALISATIONS: dict[str, Normalisation] = {
     "none": Plain(),
     "expected_average_only_in": Plain(),
     "constant_norm_rescale": ConstantNorm(),
     "layer_norm": LayerNorm(),
+    _WHITENING: Plain(),
 }
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "abstopk", *_TRANSCODERS)
@@ -72,6 +75,9 @@ def read(files: Files) -> Weights:
     )
     if config.flag("rescale_acts_by_decoder_norm"):
         weights = with_unit_decoder(weights)
+    if config.get("normalize_activations") == _WHITENING:
+        found = files.sibling_tensors("activation_whitening.safetensors")
+        weights = with_whitening(weights, mean=found["mean"], matrix=found["matrix"], inverse=found["inverse_matrix"])
     if "scaling_factor" in tensors:  # learnt after training, one for each feature; all ones in most files
         weights = replace(weights, decoder=weights.decoder * tensors["scaling_factor"][:, None])
     return weights
@@ -115,9 +121,9 @@ def _normalisation(config: Config, *, is_transcoder: bool) -> Normalisation:
     if name not in _NORMALISATIONS:
         raise FileError(
             f"{config.path}: normalize_activations is {name!r}; saekit reads {', '.join(_NORMALISATIONS)}: "
-            "save the SAE with SAELens' save_inference_model, which folds the others"
+            "save the SAE with a SAELens that knows one of these"
         )
-    if is_transcoder and _NORMALISATIONS[name].needs_input:
+    if is_transcoder and (name == _WHITENING or _NORMALISATIONS[name].needs_input):
         raise FileError(
             f"{config.path}: a transcoder with normalize_activations {name!r} has no defined output scale; "
             "only none and expected_average_only_in are read"

@@ -118,6 +118,32 @@ def with_input_scale(weights: Weights, scale: float) -> Weights:
     )
 
 
+def with_whitening(weights: Weights, *, mean: Tensor, matrix: Tensor, inverse: Tensor) -> Weights:
+    """The same SAE for raw inputs, given one that expects `(x - mean) @ matrix`, and its output `@ inverse + mean`.
+
+    Codes and thresholds stay as they were; decoder rows get other norms, so what compares by them comes before this.
+
+    Raises:
+        ShapeError: if the whitening is of another width.
+    """
+    width = weights.d_in
+    if (mean.shape, matrix.shape, inverse.shape) != ((width,), (width, width), (width, width)):
+        raise ShapeError(
+            f"whitening by {tuple(mean.shape)}, {tuple(matrix.shape)} and {tuple(inverse.shape)}, "
+            f"but the SAE reads {width} numbers"
+        )
+    encoder = weights.encoder.float() @ matrix.float().T
+    # a bias that the encoder subtracts takes the mean along
+    shift = 0.0 if weights.apply_b_dec_to_input else encoder @ mean.float()
+    return replace(
+        weights,
+        encoder=encoder,
+        b_enc=weights.b_enc.float() - shift,
+        decoder=weights.decoder.float() @ inverse.float(),
+        b_dec=weights.b_dec.float() @ inverse.float() + mean.float(),
+    )
+
+
 def with_unit_decoder(weights: Weights) -> Weights:
     """The same reconstruction from codes multiplied by the norms of their decoder rows, by which rules then compare.
 
