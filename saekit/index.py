@@ -49,6 +49,7 @@ class IndexEntry:
         neuronpedia: where its dashboards are on neuronpedia.org.
         licence: SPDX identifier; None where it is not known.
         links: publication, dashboards, and so on.
+        config_overrides: settings that its own config lacks or has wrong, as SAELens' list has them.
     """
 
     release: str
@@ -74,6 +75,7 @@ class IndexEntry:
     licence: str | None = None
     about: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -235,6 +237,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "variance_explained": (int, float),
     "norm_scaling_factor": (int, float),
     "links": Mapping,
+    "config_overrides": Mapping,
 }
 _KEPT = [known.name for known in fields(IndexEntry) if known.name not in ("release", "sae_id")]
 
@@ -243,6 +246,8 @@ def _entry(where: str, release: str, written: Mapping[str, Any]) -> IndexEntry:
     values = {name: written[name] for name in _KEPT if written.get(name) is not None}
     if isinstance(values.get("path"), int):  # a folder called 0, unquoted
         values["path"] = str(values["path"])
+    if values.get("path") == ".":  # the repository itself
+        values["path"] = ""
     for name, value in values.items():
         kind = _TYPES.get(name, str)
         if not isinstance(value, kind) or isinstance(value, bool):

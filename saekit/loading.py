@@ -61,7 +61,7 @@ def load(name: Path | str, *, input_scale: float | None = None, device: torch.de
 
 def load_located(found: Located, *, input_scale: float | None = None, device: torch.device | str = "cpu") -> SAE:
     """The SAE at a place that is known already; what its files do not say, the index does."""
-    files = open_files(pretrained.fetch(found))
+    files = _corrected(open_files(pretrained.fetch(found)), found.entry)
     weights = with_entry(_read(files), found.entry)
     return build(known.for_raw_inputs(weights, files.weights, input_scale=input_scale), device=device)
 
@@ -98,7 +98,7 @@ def describe(name: Path | str) -> Description:
 
 def describe_located(found: Located) -> Description:
     """The same of a place that is known already."""
-    files = pretrained.open_headers(found)
+    files = _corrected(pretrained.open_headers(found), found.entry)
     largest = max(files.tensors.values(), key=torch.numel)
     kind = "saekit" if _is_native(files) else known.identify(files).name
     size = sum(tensor.nbytes for tensor in files.tensors.values())
@@ -179,6 +179,10 @@ def _lens_names(cfg: SAEConfig) -> dict[str, Any]:
     renamed = {name: saelens.hook_name(site) for name, site in sites.items()}
     kept = {f"hf_{name}": site for name, site in sites.items() if renamed[name] != site}
     return {**renamed, "metadata": {**cfg.metadata, **kept}}
+
+
+def _corrected(files: Files, entry: IndexEntry | None) -> Files:
+    return files.with_settings(entry.config_overrides) if entry and entry.config_overrides else files
 
 
 def _is_native(files: Files) -> bool:

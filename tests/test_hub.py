@@ -1,5 +1,6 @@
 """SAEs on the Hub, from a Hub on this machine: what is fetched, what is refused, and what is said."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hub_server import COMMIT, TOKEN, Repository, running, sha256
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ import saekit.index
 from saekit.errors import FileError, UnknownNameError
 from saekit.hub import HubPlace
 from saekit.loading import describe
+from saekit.normalisation import ConstantNorm
 from saekit_cli.main import main
 
 GOLDEN = Path(__file__).parent / "golden" / "formats"
@@ -273,6 +276,25 @@ def test_an_entry_of_the_index_is_fetched_and_its_hash_checked(index, sparsify):
         assert sae.cfg.metadata["l0"] == 3
     with pytest.raises(UnknownNameError, match="no SAE in theirs named 'six'; closest of 1: five"):
         saekit.load("theirs/six")
+
+
+def test_what_an_index_overrides_counts_for_more_than_the_files(hub, monkeypatch, tmp_path):
+    source = GOLDEN / "saelens" / "jumprelu_constant_norm"
+    files = files_of(source)
+    said = json.loads(files["cfg.json"])
+    assert said["normalize_activations"] == "constant_norm_rescale"
+    files["cfg.json"] = json.dumps(said | {"normalize_activations": "none"}).encode()
+    hub.repositories["them/scaled"] = Repository(files)
+    # in the form of SAELens' list
+    release = {"model": "m", "repo_id": "them/scaled", "saes": [{"id": "blocks.3.hook_resid_post", "path": "."}]}
+    release["config_overrides"] = {"normalize_activations": "constant_norm_rescale"}
+    path = tmp_path / "index.yaml"
+    path.write_text(yaml.safe_dump({"theirs": release}))
+    monkeypatch.setattr(saekit.index, "index_path", lambda: path)
+    assert_golden(saekit.load("theirs/blocks.3.hook_resid_post"), source)
+    assert describe("theirs").weights.normalisation == ConstantNorm()
+    with pytest.raises(AssertionError):  # and without it, it is another SAE
+        assert_golden(saekit.load("them/scaled"), source)
 
 
 def test_a_wrong_hash_means_that_nothing_is_used_and_the_copy_is_gone(index, sparsify):

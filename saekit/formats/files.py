@@ -6,7 +6,7 @@ No file is opened because another one names it: the names that are looked for ar
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -105,6 +105,11 @@ class Files:
     def sibling(self, *names: str) -> Config:
         """The first of these YAML or JSON files beside the weights that is there; empty where none is."""
         return _read_first(self.folder, names)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Files":
+        """The same files, as if the config said this too."""
+        config = Config(self.config.path, self.config.kind, {**self.config.values_by_name, **settings})
+        return replace(self, config=config)
 
     def sibling_tensors(self, name: str) -> Named[Tensor]:
         """The tensors of a safetensors file beside the weights; none where it is not there."""
