@@ -109,7 +109,7 @@ class Train:
         corpus = read_corpus(self, target)
         source = harvest_of(self, target, corpus, configs)
         if run_file is None:
-            facts = estimate(configs, source)
+            facts = estimate(configs, source, self.device)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
             return 0
         facts = train_and_evaluate(self, target, corpus, configs, source, starts=starts, run_file=run_file)
@@ -265,6 +265,7 @@ def train_and_evaluate(
             model_name=command.model,
             context_size=corpus.train.context,
             start=starts or None,
+            device=command.device,
             on_step=lambda step, reports: progress.to(
                 step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
             ),
@@ -319,7 +320,7 @@ def versions() -> dict[str, str]:
     return {f"{package}_version": version(package) for package in ("saekit", "torch", "transformers")}
 
 
-def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, Any]:
+def estimate(configs: Sequence["TrainConfig"], source: "Harvest", device: str) -> dict[str, Any]:
     """Memory, disk and time of a run; time by doing the first steps of it."""
     import time
 
@@ -336,7 +337,7 @@ def estimate(configs: Sequence["TrainConfig"], source: "Harvest") -> dict[str, A
     began = time.perf_counter()
     one_pass = next(iter(source.in_order()))
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
-    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens] for site, batch in one_pass.items()}
+    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens].to(device) for site, batch in one_pass.items()}
     batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
     states = [TrainState.start(config, *batch) for config, batch in zip(configs, batches, strict=True)]
     # where budgets are shared over a pool, as many vectors as it holds, whatever they are

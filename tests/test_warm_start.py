@@ -128,6 +128,14 @@ def test_an_sae_of_another_shape_is_refused(changes, said, trained, vectors):
     assert said in str(refused.value)
 
 
+@pytest.mark.gpu
+def test_training_happens_on_the_device_that_is_asked_for(trained, vectors):
+    (new,) = train([config(3)], source_of(vectors), device="cuda")
+    (going_on,) = train([config(3)], source_of(vectors), start=[trained], device="cuda")
+    assert new.b_dec.is_cuda
+    assert going_on.b_dec.is_cuda
+
+
 def test_one_start_for_each_config(trained, vectors):
     configs = [config(), replace(config(), learning_rate=1e-3)]
     with pytest.raises(SaekitError, match="1 SAEs to start from for 2 to train"):

@@ -39,6 +39,7 @@ def train(
     model_name: str = "",
     context_size: int | None = None,
     start: Sequence[SAE] | None = None,
+    device: torch.device | str = "cpu",
     on_step: OnStep = lambda step, reports: None,
     run_file: RunFile | None = None,
 ) -> list[SAE]:
@@ -50,6 +51,7 @@ def train(
         configs: they may differ in Site and in everything that concerns one SAE, not in tokens,
             batch_tokens and seed, which decide the stream.
         start: an SAE per config whose weights training goes on with; new ones if not given.
+        device: where the SAEs are trained, wherever the source's vectors lie; a resumed run goes on where it was.
         on_step: called after every step with the number of steps done and a report per config.
         run_file: where to save the run, so that it can go on if it ends early, and whether to go on. A run
             that goes on ends with the weights of one that was never interrupted, to the bit, where a seed
@@ -76,7 +78,7 @@ def train(
             check_unfinished(run_file.path, resume=False)
         ahead = Ahead(source.stream(first.batch_tokens, seed=first.seed))
         sample = ahead.look(max(1, SAMPLE_TOKENS // first.batch_tokens))
-        states = _begin(configs, cfgs, start or [None] * len(configs), sample)
+        states = _begin(configs, cfgs, start or [None] * len(configs), sample, device)
     with Keeper(run_file, states, facts, place) as keeper:
         _take_steps(states, ahead, on_step, keeper)
     return [_finish(state, ahead) for state in states]
@@ -107,13 +109,14 @@ def _begin(
     cfgs: Sequence[SAEConfig],
     starts: Sequence[SAE | None],
     sample: Sequence[Batches],
+    device: torch.device | str,
 ) -> list[TrainState]:
     """New states, set up by the first batches, which are trained on like all others."""
     return [
         TrainState.start(
             config,
-            _vectors(sample, config.site),
-            _vectors(sample, config.site_out) if config.site_out else None,
+            _vectors(sample, config.site).to(device),
+            _vectors(sample, config.site_out).to(device) if config.site_out else None,
             cfg=cfg,
             start=start,
         )
