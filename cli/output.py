@@ -80,3 +80,8 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+def read_and_written(site: object, site_out: object | None) -> str:
+    """The Site, or the two Sites of a transcoder."""
+    return f"{site} -> {site_out}" if site_out else str(site)

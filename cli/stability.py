@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .output import Progress, columns, write_facts
+from .output import Progress, columns, read_and_written, write_facts
 
 if TYPE_CHECKING:
     from saekit.analysis.stability import Stability as Measured
@@ -85,16 +85,13 @@ def check_one_site(folders: Sequence[Path], saes: Sequence["SAE"]) -> None:
 
     if len(saes) < 2:
         raise SaekitError(f"stability compares SAEs with each other; got {len(saes)}, give at least 2 folders")
-    places = [(sae.cfg.model_name, read_and_written(sae), sae.d_model) for sae in saes]
+    places = [
+        (sae.cfg.model_name, read_and_written(sae.cfg.hook_name, sae.cfg.hook_name_out), sae.d_model) for sae in saes
+    ]
     for folder, place in zip(folders, places, strict=True):
         if place != places[0]:
             theirs, wanted = (f"{site} of {model} ({width} dimensions)" for model, site, width in (place, places[0]))
             raise SaekitError(f"{folder} reads {theirs}, {folders[0]} {wanted}; compare SAEs of one Site")
-
-
-def read_and_written(sae: "SAE") -> str:
-    """The Site, or the two Sites of a transcoder."""
-    return f"{sae.cfg.hook_name} -> {sae.cfg.hook_name_out}" if sae.cfg.hook_name_out else sae.cfg.hook_name
 
 
 def densities_of(saes: Sequence["SAE"], opened: "OpenedSAE") -> list[Any]:

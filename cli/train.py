@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .output import Progress, columns, write_facts
+from .output import Progress, columns, read_and_written, write_facts
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
@@ -286,7 +286,14 @@ def train_and_evaluate(
             **versions(),
         )
         sae.save(folder)
-        facts.append({"sae": str(folder), "site": read_and_written(config), "rule": described(config), **metrics})
+        facts.append(
+            {
+                "sae": str(folder),
+                "site": read_and_written(config.site, config.site_out),
+                "rule": described(config),
+                **metrics,
+            }
+        )
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
     return facts
@@ -300,11 +307,6 @@ def described(config: "TrainConfig") -> str:
     if isinstance(config.objective, Reconstruction):
         return repr(config.rule)
     return repr(config.objective) if isinstance(config.rule, Threshold) else f"{config.rule}, {config.objective}"
-
-
-def read_and_written(config: "TrainConfig") -> str:
-    """The Site, or the two Sites of a transcoder."""
-    return str(config.site) if config.site_out is None else f"{config.site} -> {config.site_out}"
 
 
 def folder_of(config: "TrainConfig") -> str:
