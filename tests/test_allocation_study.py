@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, study, tables
 from benchmarks.allocation.by_peer import train_by_peer
+from benchmarks.allocation.recorded import Recording
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
 from saekit.errors import DataError, FileError, SaekitError
 from saekit.selection import FeatureChoice, Threshold
@@ -73,7 +74,7 @@ def test_seeds_are_outermost():
 
 @pytest.mark.usefixtures("_small")
 def test_a_run_fills_the_columns_that_apply_to_it(tmp_path):
-    row = measure.measure(RUN, shared=tmp_path, peer_python=NOWHERE)
+    row = measure.measure(RUN, shared=tmp_path, peer_python=NOWHERE, recordings=tmp_path)
     assert set(row) <= set(results.COLUMNS)
     for name in ("batch_mode_fvu", "inference_l0_p95", "truth_f1", "truth_recovered_band_4", "train_cpu_s_per_mtok"):
         assert isinstance(row[name], float), name
@@ -113,7 +114,7 @@ def test_the_batch_rule_grants_every_feature_what_training_granted_it_last(monke
 
 @pytest.mark.usefixtures("_small")
 def test_a_rule_that_decides_token_by_token_has_one_mode(tmp_path):
-    row = measure.measure(replace(RUN, rule="topk"), shared=tmp_path, peer_python=NOWHERE)
+    row = measure.measure(replace(RUN, rule="topk"), shared=tmp_path, peer_python=NOWHERE, recordings=tmp_path)
     modes = [{k.partition("_l0")[2]: v for k, v in row.items() if k.startswith(mode)} for mode in ("batch_mode", "inf")]
     assert modes[0] == modes[1]
     assert row["inference_l0_error_corr"] is None or row["inference_l0"] < RUN.k
@@ -134,6 +135,36 @@ def test_timing_a_source_leaves_its_batches_alone():
     got, wanted = (next(s.stream(100, seed=1))[source.site].vectors for s in (timed, source))
     assert torch.equal(got, wanted)
     assert timed.seconds > 0
+
+
+def test_a_recording_is_the_stream_and_is_made_once(tmp_path):
+    source = SyntheticSource(truth=synthetic_truth(SyntheticConfig(d_model=8, n_features=9, l0=1.0)))
+    path = tmp_path / "deep" / "r.f32"
+
+    def recording() -> Recording:
+        return Recording.of(source, source.site, tokens=250, batch_tokens=100, seed=1, path=path)
+
+    first = recording()
+    made = path.stat().st_mtime_ns
+    again = recording()
+    assert (path.stat().st_mtime_ns, first.tokens, again.widths) == (made, 300, source.widths)
+    assert again.cpu_s_per_mtok == first.cpu_s_per_mtok > 0
+    wanted = source.stream(100, seed=1)
+    stream = again.stream(100, seed=1)
+    for _ in range(3):
+        assert torch.equal(next(stream)[source.site].vectors, next(wanted)[source.site].vectors)
+    with pytest.raises(SaekitError, match="holds 300 tokens and more are asked for"):
+        next(stream)
+    with pytest.raises(SaekitError, match="holds batches of 100 tokens, seed 1; asked for 100, seed 2"):
+        next(again.stream(100, seed=2))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["r.f32", "r.json"]
+
+
+def test_activations_of_other_data_sets_are_dropped(tmp_path):
+    for name in ("synthetic-a.f32", "synthetic-a.json", "synthetic_outliers-b.f32"):
+        (tmp_path / name).touch()
+    study.keep_only(tmp_path, "synthetic-")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["synthetic-a.f32", "synthetic-a.json"]
 
 
 @pytest.mark.usefixtures("_small")
@@ -194,7 +225,7 @@ def test_a_peer_that_cannot_train_says_why(tmp_path):
 @pytest.mark.usefixtures("_small")
 def test_a_peer_trains_on_the_same_vectors_and_is_measured_alike(tmp_path):
     run = replace(RUN, dataset="synthetic", rule=runs.BY_PEER[0], tokens=100_000)
-    row = measure.measure(run, shared=tmp_path, peer_python=study.PEER_PYTHON)
+    row = measure.measure(run, shared=tmp_path, peer_python=study.PEER_PYTHON, recordings=tmp_path)
     assert row["inference_l0"] == pytest.approx(run.k, rel=0.15)
     assert row["batch_mode_l0"] == pytest.approx(run.k, rel=1e-6)
     assert 0 < row["inference_fvu"] < 0.5
@@ -225,7 +256,9 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     arguments = ["study", "--out", str(out), "--datasets", "synthetic", "--rules", "topk", "--seeds", "0", "--ks", "8"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--expansions", "16"])
     ran = []
-    monkeypatch.setattr(study, "in_own_process", lambda run, shared, peer: ran.append(run) or {"dataset": "x"})
+    monkeypatch.setattr(
+        study, "in_own_process", lambda run, shared, peer, recordings: ran.append(run) or {"dataset": "x"}
+    )
     monkeypatch.setattr(study, "TESTS", ("that_is_not_there",))
     assert study.main() == 1
     assert (ran, out.exists()) == ([], False)
@@ -242,11 +275,11 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     "error, said", [(DataError("the loss is nan"), "the loss is nan"), (BrokenProcessPool(), "killed")]
 )
 def test_a_run_that_fails_leaves_no_row_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys, error, said):
-    def fail(run, shared, peer):
+    def fail(run, shared, peer, recordings):
         raise error
 
     monkeypatch.setattr(study, "in_own_process", fail)
-    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", options_for(tmp_path))
+    assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", options_for(tmp_path), tmp_path)
     assert results.read(tmp_path / "r.csv") == []
     assert said in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.datasets import HELD_OUT_SEED, Dataset, open_dataset
+from benchmarks.allocation.recorded import Recording
 from benchmarks.allocation.runs import BY_PEER, RULES, Run, Setting
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.harvest import Harvest
@@ -28,7 +29,7 @@ from saekit.sae import SAE
 from saekit.selection import SelectionRule
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
-from saekit.training.loop import train
+from saekit.training.loop import CALIBRATION_TOKENS, train
 from saekit.training.step import Report
 
 Numbers = dict[str, float | int | None]
@@ -44,12 +45,26 @@ def config_of(run: Run, dataset: Dataset) -> TrainConfig:
     return RULES[run.rule](setting)
 
 
-def measure(run: Run, *, shared: Path, peer_python: Path) -> dict[str, object]:
-    """A whole row; nothing but the run and the data decides it, besides times, memory and the machine."""
+def measure(run: Run, *, shared: Path, peer_python: Path, recordings: Path) -> dict[str, object]:
+    """A whole row; nothing but the run and the data decides it, besides times, memory and the machine.
+
+    Args:
+        recordings: folder where the activations are, or come to be, for the next rule to read.
+    """
     dataset = open_dataset(run.dataset, shared=shared)
     config = config_of(run, dataset)
+    recording = Recording.of(
+        dataset.source,
+        config.site,
+        tokens=config.tokens + CALIBRATION_TOKENS,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        path=recordings
+        / f"{run.dataset}-{dataset.fingerprint}-{config.batch_tokens}-{config.seed}-{config.tokens}.f32",
+    )
+    forget_peak()
     start_mb = memory_mb("VmRSS")
-    timed = TimedSource(dataset.source)
+    timed = TimedSource(recording)
     began = time.process_time()
     if run.rule in BY_PEER:
         elsewhere = train_by_peer(run, config, timed, python=peer_python)
@@ -77,7 +92,7 @@ def measure(run: Run, *, shared: Path, peer_python: Path) -> dict[str, object]:
         **concept_summary(sae, dataset, tokens),
         **recovery_summary(sae, dataset),
         "train_cpu_s_per_mtok": train_s / mtok,
-        "source_cpu_s_per_mtok": timed.seconds / mtok,
+        "source_cpu_s_per_mtok": recording.cpu_s_per_mtok,
         "start_mb": start_mb,
         "peak_mb": peak_mb,
         **machine(),
@@ -239,6 +254,13 @@ def memory_mb(field: str) -> float | None:
         return None
     line = next(line for line in status.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Have VmHWM begin anew: what making the activations took is no part of training."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
 
 
 def machine() -> dict[str, object]:

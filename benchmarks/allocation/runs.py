@@ -111,8 +111,11 @@ def full(
     tokens: int = FULL_TOKENS,
     lr_scales: Sequence[float] = (1.0,),
 ) -> Iterator[Run]:
-    """Everything with everything. Seeds are outermost: after a third of the time there is a whole table."""
-    for seed, expansion, k, dataset, rule, lr_scale in product(seeds, expansions, ks, datasets, rules, lr_scales):
+    """Everything with everything. Seeds are outermost: after a third of the time there is a whole table.
+
+    Data sets come next, so that one at a time has its activations on disk.
+    """
+    for seed, dataset, expansion, k, rule, lr_scale in product(seeds, datasets, expansions, ks, rules, lr_scales):
         yield Run(dataset=dataset, rule=rule, expansion=expansion, k=k, seed=seed, tokens=tokens, lr_scale=lr_scale)
 
 

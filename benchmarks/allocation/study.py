@@ -9,6 +9,7 @@ stopped at any time and started again.
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +44,11 @@ def main() -> int:
         if pending and not tests_pass():
             note("the tests are red, so no number would mean anything; make them pass first")
             return 1
-        failed = sum(not finish(run, number, len(pending), out, options) for number, run in enumerate(pending, 1))
+        with tempfile.TemporaryDirectory(prefix="activations-") as folder:
+            failed = sum(
+                not finish(run, number, len(pending), out, options, Path(folder))
+                for number, run in enumerate(pending, 1)
+            )
         plots.write_all(results.read(out), out.with_suffix(""))
         tables.write(results.read(out), out.with_suffix(".md"))
     except SaekitError as error:
@@ -54,11 +59,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def finish(run: runs.Run, number: int, of: int, out: Path, options: argparse.Namespace) -> bool:
+def finish(run: runs.Run, number: int, of: int, out: Path, options: argparse.Namespace, recordings: Path) -> bool:
     """Do a run and add its row. One that diverges or is killed must not stop hours of others; it is False."""
     note(f"[{number}/{of}] {run}")
     try:
-        row = in_own_process(run, options.shared, options.peer_python)
+        row = in_own_process(run, options.shared, options.peer_python, recordings)
     except SaekitError as error:
         note(f"failed: {error}")
         return False
@@ -130,10 +135,19 @@ def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], options: argparse.
         yield run
 
 
-def in_own_process(run: runs.Run, shared: Path, peer_python: Path) -> dict[str, object]:
+def in_own_process(run: runs.Run, shared: Path, peer_python: Path, recordings: Path) -> dict[str, object]:
     """A fresh process for every run: its peak memory is its own, and nothing is left over from the last."""
+    keep_only(recordings, f"{run.dataset}-")
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure.measure, run, shared=shared, peer_python=peer_python).result()
+        done = pool.submit(measure.measure, run, shared=shared, peer_python=peer_python, recordings=recordings)
+        return done.result()
+
+
+def keep_only(recordings: Path, beginning: str) -> None:
+    """Drop the activations of data sets that are done with, a gigabyte each; runs of one data set follow each other."""
+    for path in recordings.iterdir():
+        if not path.name.startswith(beginning):
+            path.unlink()
 
 
 def tests_pass() -> bool:
