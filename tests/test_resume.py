@@ -456,6 +456,16 @@ def test_a_run_on_other_activations_is_refused(path, name: str, change: Callable
     assert f"by a run with {name} = " in refused(path, [config()], harvest(**change()))
 
 
+@pytest.mark.parametrize("other", [True, False])
+def test_a_run_that_began_with_another_sae_is_refused(path, other):
+    first, second = (train([config(seed=seed)], harvest()) for seed in (0, 1))
+    with pytest.raises(RunStopped):
+        train([config()], harvest(), start=first, run_file=RunFile(path=path), on_step=kill_at(2))
+    with pytest.raises(FileError, match=r"by a run with start \(1\) = "):
+        train([config()], harvest(), start=second if other else None, run_file=RunFile(path=path, resume=True))
+    train([config()], harvest(), start=first, run_file=RunFile(path=path, resume=True))
+
+
 def test_resuming_needs_a_run_and_a_run_needs_resuming(path):
     assert refused(path, [config()], harvest()) == f"nothing to resume: there is no {path}; start without --resume"
     stop_at(2, path, [config()])

@@ -21,6 +21,7 @@ from saekit.training.keep import Keeper
 from saekit.training.saved_run import RunFile, load_run
 from saekit.training.state_file import check_unfinished
 from saekit.training.step import Report, TrainState, cfg_of, train_step
+from saekit.training.warm_start import fingerprint
 
 # activations that set the pre-bias and the input scale, and that calibrate thresholds at the end
 SAMPLE_TOKENS = 32_768
@@ -69,7 +70,7 @@ def train(
     if start is not None and len(start) != len(configs):
         raise SaekitError(f"{len(start)} SAEs to start from for {len(configs)} to train; give one for each")
     cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
-    place, facts = START, {} if run_file is None else _facts(source)
+    place, facts = START, {} if run_file is None else _facts(source, start)
     if run_file is not None and run_file.resume:
         states, place = load_run(run_file.path, configs, cfgs, facts)
         ahead = Ahead(cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=place))
@@ -188,13 +189,13 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
     return first
 
 
-def _facts(source: ActivationSource) -> Mapping[str, Any]:
+def _facts(source: ActivationSource, start: Sequence[SAE] | None) -> Mapping[str, Any]:
     if not isinstance(source, ResumableSource):
         raise SaekitError(
             f"{type(source).__name__} cannot say what and where it reads, so its run cannot be resumed; "
             "train without a run file, or give it `facts` and a `start` (saekit.activations.stream)"
         )
-    return source.facts()
+    return dict(source.facts()) | {f"start ({n})": fingerprint(sae) for n, sae in enumerate(start or (), start=1)}
 
 
 def _check_finite(states: Sequence[TrainState], reports: Sequence[Report], step: int) -> None:

@@ -177,9 +177,9 @@ def _check_same(path: Path, run: Mapping[str, Any], configs: Sequence[TrainConfi
         which = f" at {config.site}" + (f" (SAE {n + 1})" if n else "")  # several may be at one Site
         saved |= {name + which: value for name, value in before["config"].items()}
         now |= {name + which: value for name, value in recipe(config).items()}
-    for name in now:
-        if name not in saved or saved[name] != now[name]:
+    for name in saved | now:
+        if name not in saved or name not in now or saved[name] != now[name]:
             raise FileError(
-                f"{path} was saved by a run with {name} = {saved.get(name)}, and this one has {now[name]}; "
+                f"{path} was saved by a run with {name} = {saved.get(name)}, and this one has {now.get(name)}; "
                 "resume with the settings it was started with, or choose another folder"
             )

@@ -5,12 +5,13 @@ cuts that give the right number of active features, and training moves each to w
 """
 
 from dataclasses import replace
+from hashlib import sha256
 
 import torch
 
 from saekit.errors import SaekitError
 from saekit.sae import SAE
-from saekit.sae_config import SAEConfig
+from saekit.sae_config import SAEConfig, rule_tensors
 from saekit.selection import Threshold
 
 
@@ -24,6 +25,14 @@ def check_start(start: SAE, cfg: SAEConfig, *, skip: bool) -> None:
     differing = [f"{name} is {is_[name]}, the run asks for {asked[name]}" for name in asked if is_[name] != asked[name]]
     if differing:
         raise SaekitError(f"cannot start from this SAE: {'; '.join(differing)}; change the run, or start without it")
+
+
+def fingerprint(start: SAE) -> str:
+    """Differs for SAEs whose weights differ; a run that goes on must have begun with the same."""
+    digest = sha256()
+    for tensor in (*start.parameters(), *rule_tensors(start.rule, start.n_features).values()):
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @torch.no_grad()
