@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, study, tables
+from benchmarks.allocation import surprisal as surprisal_of
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.recorded import Recording
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
@@ -126,6 +127,24 @@ def test_rank_correlation_sees_order_alone_and_nothing_where_there_is_none():
     assert measure.rank_correlation(x, -(x**3)) == pytest.approx(-1)
     assert measure.rank_correlation(x, torch.ones(5)) is None
     assert measure.rank_correlation(x, torch.full((5,), torch.nan)) is None
+
+
+def test_a_correlation_within_kinds_is_not_the_one_over_all_tokens():
+    generator = torch.Generator().manual_seed(0)
+    surprisal = torch.rand(2000, generator=generator).double()
+    kind = torch.arange(2000) % 2
+    # within a kind more features where it is more surprising, but the surprising kind gets few
+    tokens = surprisal_of.Read(
+        l0=surprisal - 10 * kind, surprisal=surprisal + kind, norm=surprisal, token=kind, begins_word=kind == 1
+    )
+    assert surprisal_of.within(torch.zeros(2000), tokens) < -0.4
+    assert surprisal_of.within(kind, tokens) == pytest.approx(1)
+    alone = torch.where(torch.arange(2000) < 10, 2, kind)  # too few to count
+    assert surprisal_of.within(alone, tokens) == pytest.approx(1)
+    told = surprisal_of.describe(tokens)
+    assert told["... within one entry of the vocabulary"] == pytest.approx(1)
+    assert told["pieces that begin a word: mean L0"] < told["pieces inside: mean L0"]
+    assert told["pieces inside: share of tokens"] == 0.5
 
 
 def test_timing_a_source_leaves_its_batches_alone():

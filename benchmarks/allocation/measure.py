@@ -187,7 +187,7 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
         ).metrics()
     )
     l0, where, error = [], [], []
-    for batch in _held_out(dataset, rows, tokens.batch_rows):
+    for batch in held_out(dataset, rows, tokens.batch_rows):
         codes = sae.encode(batch.vectors)
         l0.append(codes.l0().double())
         error.append((batch.vectors - sae.decode(codes, batch.vectors)).square().sum(1).double())
@@ -211,7 +211,7 @@ def rank_correlation(left: Tensor, right: Tensor) -> float | None:
     return float(spearmanr(left.numpy(), right.numpy()).statistic)
 
 
-def _held_out(dataset: Dataset, rows: TokenRows, batch_rows: int) -> Iterator[ActivationBatch]:
+def held_out(dataset: Dataset, rows: TokenRows, batch_rows: int) -> Iterator[ActivationBatch]:
     harvest = Harvest(target=dataset.target, rows=rows, sites=(dataset.site,), mask=dataset.mask, batch_rows=batch_rows)
     for batches in harvest.in_order():
         yield batches[dataset.site]
@@ -223,7 +223,7 @@ def concept_summary(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     if tokens.labels is None:
         return {}
     total = None
-    for batch in _held_out(dataset, dataset.rows, tokens.batch_rows):
+    for batch in held_out(dataset, dataset.rows, tokens.batch_rows):
         labels = tokens.labels.at(batch.document, batch.position)
         known = tokens.labels.known[batch.document, batch.position]
         counts = count_concepts(sae.encode(batch.vectors), labels, known=known)
