@@ -121,12 +121,15 @@ def build(weights: Weights, *, device: torch.device | str = "cpu") -> SAE:
         normalisation=weights.normalisation,
         metadata=weights.metadata,
     )
-    sae = SAE(weights.d_in, weights.n_features, weights.rule, skip=weights.skip is not None, cfg=cfg)
-    with torch.no_grad():
-        for name in ("encoder", "decoder", "b_enc", "b_dec", "skip"):
-            if getattr(weights, name) is not None:
-                getattr(sae, name).copy_(getattr(weights, name))
-    return sae.to(device)
+    return SAE.of(
+        weights.rule,
+        cfg,
+        encoder=weights.encoder.float(),
+        decoder=weights.decoder.float(),
+        b_enc=weights.b_enc.float(),
+        b_dec=weights.b_dec.float(),
+        skip=None if weights.skip is None else weights.skip.float(),
+    ).to(device)
 
 
 def weights_of(sae: SAE) -> Weights:

@@ -65,6 +65,31 @@ class SAE(nn.Module):
         self.cfg = cfg
         self.initialise(torch.Generator().manual_seed(0))
 
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        rule: SelectionRule,
+        cfg: SAEConfig,
+        *,
+        encoder: Float[Tensor, "n_features d_model"],
+        decoder: Float[Tensor, "n_features d_out"],
+        b_enc: Float[Tensor, " n_features"],
+        b_dec: Float[Tensor, " d_out"],
+        skip: Float[Tensor, "d_out d_model"] | None = None,
+    ) -> "SAE":
+        """An SAE of these weights, which it copies. Large ones are there much sooner than by way of random ones."""
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)
+        n_features, d_model = encoder.shape
+        _check_cfg(cfg, d_model, n_features)
+        weights = {"encoder": encoder, "decoder": decoder, "b_enc": b_enc, "b_dec": b_dec, "skip": skip}
+        for name, weight in weights.items():
+            copied = None if weight is None else nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+            setattr(sae, name, copied)
+        sae.rule, sae.cfg = rule, cfg
+        return sae
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Random unit-norm decoder rows, biases zero; the encoder their copy, or random too where widths differ."""
@@ -196,14 +221,15 @@ class SAE(nn.Module):
         rule = self.rule
         if isinstance(rule, Threshold):
             rule = replace(rule, theta=rule.theta * cut_scale)
-        other = SAE(self.d_model, self.n_features, rule, skip=self.skip is not None, cfg=self.cfg).to(self.encoder)
-        other.encoder.copy_(self.encoder * gain)
-        other.decoder.copy_(self.decoder)
-        other.b_enc.copy_(self.b_enc * cut_scale)
-        other.b_dec.copy_(self.b_dec * out_scale)
-        if self.skip is not None and other.skip is not None:
-            other.skip.copy_(self.skip * gain)
-        return other
+        return SAE.of(
+            rule,
+            self.cfg,
+            encoder=self.encoder * gain,
+            decoder=self.decoder,
+            b_enc=self.b_enc * cut_scale,
+            b_dec=self.b_dec * out_scale,
+            skip=None if self.skip is None else self.skip * gain,
+        )
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -240,21 +266,15 @@ class SAE(nn.Module):
             FileError: if there is none, or its files are damaged or of a newer version.
         """
         config, tensors = checkpoint.load(Path(folder))
-        sae = cls(
-            config["d_in"],
-            config["d_sae"],
+        return cls.of(
             sae_config.read_rule(config["saekit"]["rule"], tensors),
-            skip="W_skip" in tensors,
-            cfg=sae_config.read_cfg(config),
-        )
-        with torch.no_grad():
-            sae.encoder.copy_(tensors["W_enc"].T)
-            sae.decoder.copy_(tensors["W_dec"])
-            sae.b_enc.copy_(tensors["b_enc"])
-            sae.b_dec.copy_(tensors["b_dec"])
-            if sae.skip is not None:
-                sae.skip.copy_(tensors["W_skip"])
-        return sae.to(device)
+            sae_config.read_cfg(config),
+            encoder=tensors["W_enc"].T.float(),
+            decoder=tensors["W_dec"].float(),
+            b_enc=tensors["b_enc"].float(),
+            b_dec=tensors["b_dec"].float(),
+            skip=tensors["W_skip"].float() if "W_skip" in tensors else None,
+        ).to(device)
 
     @classmethod
     def from_pretrained(cls, release: str, sae_id: str, *, device: torch.device | str = "cpu") -> "SAE":
