@@ -17,13 +17,17 @@ from saekit.targets import Site
 from saekit.training import loop
 from saekit.training.config import TrainConfig
 from saekit.training.loop import train
-from saekit.training.objectives import Gated, Matryoshka
+from saekit.training.objectives import Gated, JumpReLU, Matryoshka, ReLUL1
 from saekit.training.resample import Resample
 from saekit.training.schedule import AnnealK, ThenFeatureChoice
 from saekit.training.step import TrainState, geometric_median, measure, train_step
 
 SITE, OTHER = Site.parse("layers.1"), Site.parse("layers.2")
 BATCH = 256
+OBJECTIVES = [
+    *({"rule": Threshold(0.0), "objective": objective} for objective in (ReLUL1(3), Gated(3), JumpReLU(3))),
+    {"rule": MutualChoice(3), "objective": Matryoshka()},
+]
 RULES = [TopK(3), MutualChoice(3), FeatureChoice(3), FeatureChoice(3, exponent=1.0)]
 ZIPF, DEAD_ONLY = AuxZipf(dead_after=2 * BATCH), AuxK(dead_after=2 * BATCH)
 
@@ -319,6 +323,27 @@ def test_the_pre_bias_starts_where_the_config_says(pre_bias, vectors):
     start = state.sae.b_dec.detach() / state.input_scale
     wanted = {"median": geometric_median(with_outlier), "mean": with_outlier.mean(0), "zero": torch.zeros(D_MODEL)}
     torch.testing.assert_close(start, wanted[pre_bias])
+
+
+@pytest.mark.parametrize("equal_norms", [False, True])
+@pytest.mark.parametrize("changes", [*({"rule": rule} for rule in RULES), *OBJECTIVES], ids=str)
+def test_the_first_reconstruction_is_as_large_as_fits_best(changes, equal_norms, vectors):
+    settings = config(**changes, equal_norms=equal_norms)
+    state = TrainState.start(settings, vectors)
+    x = state.inputs(vectors)[: settings.batch_tokens]
+    made = settings.objective.measure(state.sae, state.extra, x, x).y_hat.detach() - state.sae.b_dec
+    centred = x - state.sae.b_dec
+    # to the few per cent by which thresholds that are read off a larger sample differ
+    torch.testing.assert_close((centred * made).sum(), made.square().sum(), rtol=0.05, atol=0)
+    # a multiple of the decoder still, and not the decoder itself
+    lengths = state.sae.encoder.detach().norm(dim=1)
+    torch.testing.assert_close(state.sae.encoder, state.sae.decoder * lengths[:1, None])
+    assert abs(float(lengths[0]) - 1) > 0.05
+
+
+def test_the_encoder_of_a_transcoder_starts_at_unit_norm(vectors):
+    state = TrainState.start(config(site_out=Site("y")), vectors, vectors.flip(1))
+    torch.testing.assert_close(state.sae.encoder.norm(dim=1), torch.ones(state.sae.n_features))
 
 
 def test_the_geometric_median_resists_outliers():

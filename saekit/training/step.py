@@ -20,6 +20,7 @@ from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
 from saekit.training.descent import descend
+from saekit.training.first_scale import fit_first_scale
 from saekit.training.resample import resample
 from saekit.training.warm_start import check_start, in_training_units
 
@@ -91,6 +92,9 @@ class TrainState:
             state.sae.b_dec.copy_(centre_out)
         if targets is not None:
             state.input_centre = centre_in
+        else:
+            first = state.inputs(sample)[: config.batch_tokens]
+            fit_first_scale(state.sae, config.objective, first, first)
         state.set_extra(config.objective.extra(state.sae, state.inputs(sample)))
         return state
 
