@@ -1,6 +1,7 @@
 """Circuits between SAEs: edges add up to effects, effects to the gradient, and the check runs the model for good."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from saekit.errors import SaekitError, ShapeError
 from saekit.patching.attribution import attribute
 from saekit.patching.circuit_check import check_circuit
 from saekit.patching.circuits import ERROR, METRIC, Circuit, trace_circuit
-from saekit.patching.effects import read_prompts
+from saekit.patching.effects import EVERYWHERE, read_prompts
 from saekit.patching.metric import LogitDifference
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
@@ -177,9 +178,67 @@ def test_few_nodes_are_the_largest_and_pruning_drops_small_edges(target):
     assert 0 < len(pruned.edges) < len(few.edges) and pruned.nodes == few.nodes
 
 
+# --- of features, over prompts
+
+
+def as_dicts(circuit: Circuit) -> tuple[dict, dict]:
+    """Effects by (Site, feature), and edges by both ends, positions added up."""
+    nodes = [(node.site, node.feature) for node in circuit.nodes]
+    effects, edges = Counter(), Counter()
+    for name, node in zip(nodes, circuit.nodes, strict=True):
+        effects[name] += node.effect
+    for edge in circuit.edges:
+        edges[nodes[edge.source], METRIC if edge.target == METRIC else nodes[edge.target]] += edge.weight
+    return dict(effects), dict(edges)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["ablation", "patching"])
+def test_a_circuit_of_features_is_the_mean_over_prompts_of_those_with_positions(target, patched):
+    saes, other_ids = SETS["two saes"](), IDS.flip(0) if patched else None
+    metric = LogitDifference(torch.tensor([3, 2]), torch.tensor([5, 7]), torch.tensor([4, 3]))
+    together = trace_circuit(
+        target, saes, IDS, metric, other_ids=other_ids, n_nodes=10_000, everywhere=True, mask=TOKENS
+    )
+    assert {node.position for node in together.nodes} == {EVERYWHERE}
+    effects, edges = Counter(), Counter()
+    for i in range(2):
+        alone = LogitDifference(*(side[i : i + 1] for side in (metric.right, metric.wrong, metric.position)))
+        other = None if other_ids is None else other_ids[i : i + 1]
+        one = trace_circuit(target, saes, IDS[i : i + 1], alone, other_ids=other, n_nodes=10_000, mask=TOKENS)
+        for total, found in zip((effects, edges), as_dicts(one), strict=True):
+            total.update({key: value / 2 for key, value in found.items()})
+    got_effects, got_edges = as_dicts(together)
+    assert got_effects == pytest.approx(dict(effects), rel=1e-3, abs=1e-6) and len(effects) > 20
+    assert {k: got_edges.get(k, 0) for k in edges} == pytest.approx(dict(edges), rel=1e-3, abs=1e-6)
+    assert len(edges) > 100 and max(map(abs, edges.values())) > 1e-3
+
+
+def test_a_circuit_of_features_is_checked_on_all_prompts_at_once(target):
+    saes, other_ids = SETS["two saes"](), IDS.flip(0)
+    metric = LogitDifference(torch.tensor([3, 2]), torch.tensor([5, 7]), torch.tensor([4, 3]))
+    circuit = trace_circuit(target, saes, IDS, metric, other_ids=other_ids, n_nodes=9, everywhere=True, mask=TOKENS)
+    found = check_circuit(target, saes, IDS, metric, circuit, other_ids=other_ids, mask=TOKENS)
+    alone = []
+    for i in range(2):
+        one = LogitDifference(*(side[i : i + 1] for side in (metric.right, metric.wrong, metric.position)))
+        own, other = IDS[i : i + 1], other_ids[i : i + 1]
+        spread = [
+            replace(node, position=at) for node in circuit.nodes for at in range(5)
+        ]  # a feature everywhere is the feature at each place
+        by_place = replace(circuit, nodes=tuple(spread))
+        alone.append(check_circuit(target, saes, own, one, by_place, other_ids=other, mask=TOKENS))
+    effect = sum(one.effect for one in alone) / 2
+    assert found.effect == pytest.approx(effect, abs=1e-5)
+    for share in ("faithful", "complete"):
+        want = sum(getattr(one, share) * one.effect for one in alone) / 2
+        assert getattr(found, share) * found.effect == pytest.approx(want, abs=1e-4) and abs(want) > 1e-3
+
+
 def test_what_makes_no_circuit_is_refused(target):
     saes = SETS["two saes"]()
-    with pytest.raises(ShapeError, match=r"2 prompts are given, and a circuit is of one; trace them one by one"):
+    with pytest.raises(
+        ShapeError, match=r"2 prompts are given, and a circuit with positions is of one; trace them one by one, or"
+    ):
         trace_circuit(target, saes, IDS, METRIC_OF, mask=TOKENS)
     with pytest.raises(SaekitError, match=r"2 SAEs and 0 nodes make no circuit"):
         trace_circuit(target, saes, OWN, METRIC_OF, n_nodes=0, mask=TOKENS)
