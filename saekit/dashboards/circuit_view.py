@@ -3,7 +3,8 @@
 The JSON is the schema of Neuronpedia and circuit-tracer (version 1): `metadata`, `qParams`, `nodes`, `links`. Those
 viewers know layers with transcoders where a circuit has Sites, so a Site's place in the pass stands for the layer, a
 feature goes as "cross layer transcoder" and an error as "mlp reconstruction error", whatever the Site; its name is
-in `metadata.transcoder_list`. Tokens of the prompt are there to be shown; no link leaves them.
+in `metadata.transcoder_list`. Tokens of the prompt are there to be shown; no link leaves them. `node_threshold` gives
+circuit-tracer's page its slider, which hides nodes whose `influence`, a running share of all effects, is above it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from saekit.errors import SaekitError
 from saekit.patching.circuits import ERROR, METRIC, Circuit, CircuitNode
+from saekit.patching.effects import EVERYWHERE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -40,7 +43,14 @@ def viewer_graph(
         slug: a short name for the graph.
         answer: the token that stands for the metric, at the end of the prompt.
         chance: the model's probability of it.
+
+    Raises:
+        SaekitError: a circuit of features everywhere; a viewer puts each node at a token.
     """
+    if any(node.position == EVERYWHERE for node in circuit.nodes):
+        raise SaekitError(
+            "a viewer puts each node at a token; trace the circuit of one prompt, without everywhere=True"
+        )
     tokens = [text(token) for token in ids.tolist()]
     last, top = len(tokens) - 1, str(len(circuit.sites) + 1)
     logit = {
@@ -63,7 +73,7 @@ def viewer_graph(
             "transcoder_list": [str(site) for site in circuit.sites],
             "prompt_tokens": tokens,
             "prompt": "".join(tokens),
-            "node_threshold": None,
+            "node_threshold": 1.0,
             "schema_version": 1,
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
@@ -83,7 +93,8 @@ def circuit_figure(circuit: Circuit, tokens: Sequence[str]) -> "Figure":
     """Positions from left to right, Sites from below, the metric on top; blue raises it and red lowers it.
 
     Args:
-        tokens: what each position of the prompt reads.
+        tokens: what each position of the prompt reads; of a circuit of features everywhere, any names for the places
+            that its nodes are spread over.
     """
     import plotly.graph_objects as go
 
@@ -163,7 +174,7 @@ def _cumulative(circuit: Circuit) -> dict[int, float]:
     so_far = 0.0
     for i in order:
         so_far += abs(circuit.nodes[i].effect)
-        shares[i] = so_far / total
+        shares[i] = min(so_far / total, 1.0)  # or the last node would fall to rounding under a threshold of 1
     return shares
 
 
