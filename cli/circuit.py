@@ -119,12 +119,12 @@ def facts_of(circuit: "Traced", tokens: list[str]) -> dict[str, Any]:
         "sites": [str(site) for site in circuit.sites],
         "nodes": len(circuit.nodes),
         "edges": len(circuit.edges),
-        "strongest_nodes": [{**_node(node, circuit, tokens), "effect": node.effect} for node in nodes[:SHOWN]],
+        "strongest_nodes": [{**_node(node, circuit, tokens), "contribution": -node.effect} for node in nodes[:SHOWN]],
         "strongest_edges": [
             {
                 "from": _node(circuit.nodes[edge.source], circuit, tokens),
                 "to": _node(circuit.nodes[edge.target], circuit, tokens),
-                "weight": edge.weight,
+                "contribution": -edge.weight,
             }
             for edge in between[:SHOWN]
         ],
@@ -152,10 +152,12 @@ def as_text(facts: dict[str, Any]) -> str:
         ("faithful", f"{facts['faithful']:.0%} of the effect with {changed}"),
         ("complete", f"{facts['complete']:.0%} of the effect is lost if only the circuit changes so"),
     ]
-    nodes = [(_named(node), f"{node['effect']:+.3g}") for node in facts["strongest_nodes"]]
-    edges = [(f"{_named(e['from'])} -> {_named(e['to'])}", f"{e['weight']:+.3g}") for e in facts["strongest_edges"]]
-    parts = [columns(lines), "  what changing each would do, estimated, in logits", columns(nodes)]
-    parts += ["  how much of that goes by way of another, estimated", columns(edges)] if edges else []
+    nodes = [(_named(node), f"{node['contribution']:+.3g}") for node in facts["strongest_nodes"]]
+    edges = [
+        (f"{_named(e['from'])} -> {_named(e['to'])}", f"{e['contribution']:+.3g}") for e in facts["strongest_edges"]
+    ]
+    parts = [columns(lines), "  largest contributions, estimated, in logits", columns(nodes)]
+    parts += ["  what of them goes by way of another, estimated", columns(edges)] if edges else []
     return "\n\n".join([*parts, columns([("picture", facts["picture"]), ("graph", facts["graph"])])])
 
 

@@ -65,7 +65,7 @@ def test_a_circuit_is_traced_checked_drawn_and_exported(target, early, tmp_path,
     kept = [edge for edge in want.edges if abs(edge.weight) >= 0.01 * abs(want.effect)]
     assert 0 < facts["edges"] == len(kept) < len(want.edges)
     largest = max((edge for edge in kept if edge.target != METRIC), key=lambda edge: abs(edge.weight))
-    assert facts["strongest_edges"][0]["weight"] == pytest.approx(largest.weight)
+    assert facts["strongest_edges"][0]["contribution"] == pytest.approx(-largest.weight)
     assert facts["strongest_edges"][0]["to"]["position"] == want.nodes[largest.target].position
     graph = json.loads((tmp_path / "found.json").read_text())
     assert len(graph["links"]) == facts["edges"] and graph["metadata"]["scan"] == "pystd"

@@ -1,6 +1,5 @@
 """Circuits between SAEs: edges add up to effects, effects to the gradient, and the check runs the model for good."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from small_models import FIRST, IDS, SECOND, TOKENS, WIDTH, hooks, sae_of, tiny_llama
 
-from saekit.dashboards.circuit_view import circuit_figure, viewer_graph
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching.attribution import attribute
 from saekit.patching.circuit_check import check_circuit
@@ -248,49 +246,3 @@ def test_what_makes_no_circuit_is_refused(target):
         trace_circuit(target, saes, OWN, METRIC_OF, other_ids=OTHER[:, :3], mask=TOKENS)
     with pytest.raises(SaekitError, match=r"with every node of the circuit's Sites and with none; choose other"):
         check_circuit(target, saes, OWN, METRIC_OF, replace(whole(target, saes, None)), other_ids=OWN, mask=TOKENS)
-
-
-# --- drawn and exported
-
-
-def test_the_exported_graph_has_what_viewers_read(target):
-    circuit = trace_circuit(target, SETS["two saes"](), OWN, METRIC_OF, other_ids=OTHER, n_nodes=12, mask=TOKENS)
-    found = json.loads(
-        json.dumps(viewer_graph(circuit, OWN[0], str, slug="a-slug", model="tiny", answer=3, chance=0.25))
-    )
-    assert set(found) == {"metadata", "qParams", "nodes", "links"}
-    assert found["metadata"]["prompt_tokens"] == ["0", "9", "8", "7", "6"]
-    assert {"slug", "scan", "prompt", "transcoder_list", "schema_version"} <= set(found["metadata"])
-    assert set(found["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
-    by_id = {node["node_id"]: node for node in found["nodes"]}
-    assert len(by_id) == len(found["nodes"]) == 12 + 5 + 1
-    assert len({node["jsNodeId"] for node in found["nodes"]}) == len(by_id)
-    kinds = [node["feature_type"] for node in found["nodes"]]
-    errors = sum(node.feature == ERROR for node in circuit.nodes)
-    assert kinds.count("embedding") == 5 and kinds.count("logit") == 1 and errors
-    assert kinds.count("mlp reconstruction error") == errors and kinds.count("cross layer transcoder") == 12 - errors
-    (logit,) = (node for node in found["nodes"] if node["feature_type"] == "logit")
-    assert logit["is_target_logit"] and logit["token_prob"] == 0.25 and logit["layer"] == "3"
-    assert len(found["links"]) == len(circuit.edges)
-    for link, edge in zip(found["links"], circuit.edges, strict=True):
-        node = circuit.nodes[edge.source]
-        assert link["weight"] == edge.weight and by_id[link["source"]]["ctx_idx"] == node.position
-        assert link["source"] == f"{node.site}_{node.feature}_{node.position}"
-        assert (link["target"] == logit["node_id"]) == (edge.target == METRIC)
-    shares = [
-        by_id[f"{n.site}_{n.feature}_{n.position}"]["influence"]
-        for n in sorted(circuit.nodes, key=lambda n: -abs(n.effect))
-    ]
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
-
-
-def test_the_figure_has_every_node_and_edge(target):
-    circuit = trace_circuit(target, SETS["two saes"](), OWN, METRIC_OF, other_ids=OTHER, n_nodes=12, mask=TOKENS)
-    figure = circuit_figure(circuit, ["<b>", "b", "c", "d", "e"])
-    *lines, features, errors, metric = figure.data
-    assert len(lines) == len(circuit.edges) and len(metric.x) == 1
-    assert len(features.x) + len(errors.x) == len(circuit.nodes)
-    assert sorted({*features.y, *errors.y}) == [0, 1] and metric.y[0] == 2
-    assert figure.layout.xaxis.ticktext[0] == "&lt;b&gt;"
-    widths = [line.line.width for line in lines]
-    assert widths.index(max(widths)) == max(range(len(lines)), key=lambda i: abs(circuit.edges[i].weight))
