@@ -23,6 +23,7 @@ from torch import Tensor
 
 import saekit
 from benchmarks.pystd.behaviours import Pair, find_bracket, find_colon, find_pairs, prompts_of, words_of
+from benchmarks.trained import trained
 from saekit.activations.corpus import load_corpus
 from saekit.patching.attribution import difference
 from saekit.patching.circuit_check import check_circuit
@@ -131,17 +132,6 @@ def write_edges(circuit: Circuit, count: int, say: Callable[[str], None]) -> Non
         say(f"    {names[0]} -> {names[1]}: {edge.weight:+.3f} of {circuit.effect:+.2f}")
 
 
-def lower_sae(folder: Path, site: str) -> saekit.SAE:
-    """The SAE in a folder, which is trained if it is not there."""
-    if not folder.exists():
-        from saekit_cli.main import main as saekit_command
-
-        command = ["train", "--site", site, "--features", "2048", "--tokens", "1024000", "--out", str(folder)]
-        if saekit_command(command):
-            raise SystemExit(f"training {folder} did not work; see above")
-    return saekit.load(folder)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--sae", type=Path, default=Path("sae-layers.1"), help="folder of the earlier Site's SAE")
@@ -151,7 +141,8 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = arguments.parse_args()
     target, upper = saekit.Target.load("pystd"), saekit.SAE.from_pretrained("pystd", "layers.2")
-    saes = {saekit.Site.parse(sae.cfg.hook_name): sae for sae in (lower_sae(given.sae, given.site), upper)}
+    lower = trained(given.sae, "--site", given.site, "--features", "2048", "--tokens", "1024000")
+    saes = {saekit.Site.parse(sae.cfg.hook_name): sae for sae in (lower, upper)}
     words = words_of(target)
     rows = load_corpus("stdlib", target.tokenizer, context=upper.cfg.context_size or 256).held_out.ids
     for name, find in HABITS.items():
