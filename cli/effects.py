@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .output import Progress, columns, write_facts
+from .output import Stages, columns, write_facts
 
 if TYPE_CHECKING:
     from saekit.patching.effects_file import KeptEffects
@@ -86,34 +86,13 @@ class Effects:
             unfinished=self.sae / "effects.unfinished.safetensors",
             resume=self.resume,
         )
-        with _Bars() as bars:
+        with Stages("rows") as bars:
             kept = measure_effects(run, on_progress=bars.to)
         path = keep_effects(self.sae, opened.sae, kept)
         forget_unfinished(run)
         facts = {"sae": str(self.sae), **facts_of(kept), "file": str(path)}
         write_facts(facts, as_json=self.json, text=lambda: as_text(kept, facts))
         return 0
-
-
-class _Bars:
-    """One bar after the other, a stage each."""
-
-    def __init__(self) -> None:
-        self._stage, self._bar = "", None
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def to(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self.__exit__()
-            self._stage, self._bar = stage, Progress(stage, total, unit="rows").__enter__()
-        if self._bar is not None:
-            self._bar.to(done)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*exception)
 
 
 def facts_of(kept: "KeptEffects") -> dict[str, Any]:

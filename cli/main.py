@@ -22,6 +22,7 @@ import tyro
 
 from .adaptive import Adaptive
 from .check import Check
+from .circuit import Circuit
 from .config_file import config_defaults
 from .convert import Convert
 from .demo import Demo
@@ -32,6 +33,7 @@ from .export import Export
 from .index import Index
 from .info import Info
 from .list import List
+from .patch import Patch
 from .pretrain import Pretrain
 from .stability import Stability
 from .steer import Steer
@@ -61,6 +63,8 @@ COMMANDS: dict[str, type[Command]] = {
     "index": Index,
     "steer": Steer,
     "effects": Effects,
+    "patch": Patch,
+    "circuit": Circuit,
     "adaptive": Adaptive,
     "pretrain": Pretrain,
     "doctor": Doctor,
@@ -100,8 +104,9 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises:
         SystemExit: with code 2 for a wrong command line, which tyro explains, and 0 for `--help`.
-        SaekitError: for a config file that cannot be used.
+        SaekitError: for a config file that cannot be used, or a flag that is there twice.
     """
+    _check_given_once(argv)
     choices: list[Any] = [Annotated[None, tyro.conf.Suppress]]
     for name, command in COMMANDS.items():
         is_chosen = name == argv[0]
@@ -114,6 +119,19 @@ def parse(argv: Sequence[str]) -> Command:
         choices.append(Annotated[command, details])
     any_command: Any = Union[tuple(choices)]  # noqa: UP007
     return tyro.cli(any_command, prog="saekit", description=DESCRIPTION, args=argv, config=MARKERS)
+
+
+def _check_given_once(argv: Sequence[str]) -> None:
+    """The parser would take the last and drop the others without a word."""
+    from saekit.errors import SaekitError
+
+    flags = [part.partition("=")[0].replace("_", "-") for part in argv if part.startswith("--") and part != "--"]
+    repeated = next((flag for flag in flags if flags.count(flag) > 1), None)
+    if repeated is not None:
+        raise SaekitError(
+            f"{repeated} is there {flags.count(repeated)} times; give it once, with all its values after it if it "
+            "takes several"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A saved SAE together with the model and the text that it belongs to."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from saekit.activations.corpus import Corpus, load_corpus, load_rows
 from saekit.activations.mask import MaskPolicy
@@ -9,6 +11,8 @@ from saekit.errors import SaekitError
 from saekit.loading import load
 from saekit.sae import SAE
 from saekit.targets import Site, Target
+
+BUNDLED_SAE = "pystd/layers.2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +48,7 @@ def open_sae(
     recorded = sae.cfg.metadata
     own_text = recorded.get("text")
     settled = {"model": model or sae.cfg.model_name, "text": text or own_text, "site": site or sae.cfg.hook_name}
-    for what, value in settled.items():
-        if not value:
-            raise SaekitError(f"{folder} does not record its {what}; pass --{what}")
+    _check_settled(folder, settled)
     target = Target.load(settled["model"], device=device)
     context = sae.cfg.context_size or min(target.context or 256, 256)
     row_bos = recorded.get("row_bos", True)
@@ -60,3 +62,59 @@ def open_sae(
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
     mask = MaskPolicy(**recorded.get("mask", {}))
     return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSAEs:
+    """SAEs at their Sites of one model, for prompts.
+
+    Attributes:
+        bos: whether the SAEs saw rows that open with BOS, so that prompts should.
+    """
+
+    target: Target
+    saes: dict[Site, SAE]
+    mask: MaskPolicy
+    bos: bool
+
+
+def place_on_model(names: Sequence[str], *, model: str | None, sites: Sequence[str], device: str) -> PlacedSAEs:
+    """Load SAEs and the model that they belong to; the bundled SAE if none is named.
+
+    Args:
+        sites: one for each SAE, where others are meant than those that they were trained at, else none.
+
+    Raises:
+        SaekitError: two SAEs for one Site, or SAEs of several models or that saw different tokens; an SAE that does
+            not say what it belongs to, if the caller does not either.
+    """
+    names = names or (BUNDLED_SAE,)
+    if sites and len(sites) != len(names):
+        raise SaekitError(f"--site names {len(sites)} Sites for {len(names)} SAEs; give one for each, in their order")
+    saes: dict[Site, SAE] = {}
+    common: dict[str, Any] = {}
+    for name, given in zip(names, sites or [None] * len(names), strict=True):
+        sae = load(name, device=device)
+        settled = {"model": model or sae.cfg.model_name, "site": given or sae.cfg.hook_name}
+        _check_settled(name, settled)
+        site, recorded = Site.parse(settled["site"]), sae.cfg.metadata
+        if site in saes:
+            raise SaekitError(f"{name} is a second SAE for {site}; give one for each Site, or say where with --site")
+        saes[site] = sae
+        mask, row_bos = MaskPolicy(**recorded.get("mask", {})), recorded.get("row_bos", True)
+        own = {"model": settled["model"], "mask": mask, "row_bos": row_bos}
+        common = common or own
+        different = next((what for what in own if own[what] != common[what]), None)
+        if different:
+            raise SaekitError(
+                f"{name} was trained with {different} {own[different]!r}, {names[0]} with {common[different]!r}; "
+                f"give SAEs that were trained alike{', or pass --model' if different == 'model' else ''}"
+            )
+    target = Target.load(common["model"], device=device)
+    return PlacedSAEs(target, saes, common["mask"], common["row_bos"])
+
+
+def _check_settled(name: Path | str, settled: Mapping[str, str | None]) -> None:
+    for what, value in settled.items():
+        if not value:
+            raise SaekitError(f"{name} does not record its {what}; pass --{what}")

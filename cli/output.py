@@ -82,6 +82,29 @@ class Progress:
         )
 
 
+class Stages:
+    """One `Progress` after the other, a stage each; a context manager."""
+
+    def __init__(self, unit: str):
+        self._unit = unit
+        self._stage, self._bar = "", None
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def to(self, stage: object, done: int, total: int) -> None:
+        """Say how far a stage is; a new one closes the one before."""
+        if str(stage) != self._stage:
+            self.__exit__()
+            self._stage, self._bar = str(stage), Progress(str(stage), total, unit=self._unit).__enter__()
+        if self._bar is not None:
+            self._bar.to(done)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*exception)
+
+
 def read_and_written(site: object, site_out: object | None) -> str:
     """The Site, or the two Sites of a transcoder."""
     return f"{site} -> {site_out}" if site_out else str(site)

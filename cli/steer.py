@@ -75,25 +75,18 @@ class Steer:
         return 0
 
     def facts(self) -> dict[str, Any]:
-        from saekit.activations.mask import MaskPolicy
         from saekit.errors import SaekitError
-        from saekit.loading import load
         from saekit.patching.account import IdleEditError
         from saekit.patching.generation import Sampling, encode_prompt, steer
-        from saekit.sae import SAE
-        from saekit.targets import Site, Target
 
-        sae = SAE.from_pretrained("pystd", "layers.2") if self.sae is None else load(self.sae, device=self.device)
-        settled = {"model": self.model or sae.cfg.model_name, "site": self.site or sae.cfg.hook_name}
-        for what, value in settled.items():
-            if not value:
-                raise SaekitError(f"{self.sae} does not record its {what}; pass --{what}")
+        from .opened import place_on_model
+
         sampling = Sampling(new_tokens=self.tokens, temperature=self.temperature, seed=self.seed)
-        target, site = Target.load(settled["model"], device=self.device), Site.parse(settled["site"])
-        recorded = sae.cfg.metadata
-        prompt = encode_prompt(target, self.prompt, bos=recorded.get("row_bos", True))
-        mask = MaskPolicy(**recorded.get("mask", {}))
-        saes = {site: sae.to(self.device)}
+        named, sites = ([] if one is None else [str(one)] for one in (self.sae, self.site))
+        placed = place_on_model(named, model=self.model, sites=sites, device=self.device)
+        target, saes, mask = placed.target, placed.saes, placed.mask
+        (site,) = saes
+        prompt = encode_prompt(target, self.prompt, bos=placed.bos)
         try:
             steered = steer(target, prompt, [self.intervention(site)], saes, sampling=sampling, mask=mask)
         except IdleEditError:

@@ -154,12 +154,22 @@ def find_pairs(rows: Tensor, find: Finder, words: Vocabulary, bos: int, count: i
     return pairs
 
 
-def read_pairs(target: saekit.Target, sae: saekit.SAE, pairs: Sequence[Pair]) -> Behaviour:
+def prompts_of(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, LogitDifference]:
+    """Clean and corrupted prompts, and the metric."""
     clean, corrupted, right, wrong = (
         torch.tensor([getattr(pair, side) for pair in pairs]) for side in ("clean", "corrupted", "right", "wrong")
     )
-    metric = LogitDifference(right, wrong, torch.full((len(pairs),), LENGTH - 1))
+    return clean, corrupted, LogitDifference(right, wrong, torch.full((len(pairs),), LENGTH - 1))
+
+
+def read_pairs(target: saekit.Target, sae: saekit.SAE, pairs: Sequence[Pair]) -> Behaviour:
+    clean, corrupted, metric = prompts_of(pairs)
     return read_behaviour(target, sae, saekit.Site.parse(sae.cfg.hook_name), corrupted, clean, metric)
+
+
+def words_of(target: saekit.Target) -> Vocabulary:
+    texts = [target.tokenizer.decode([i]) for i in range(len(target.tokenizer))]
+    return Vocabulary(texts, {text: i for i, text in enumerate(texts)})
 
 
 def report(
@@ -192,8 +202,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     target, sae = saekit.Target.load("pystd"), saekit.SAE.from_pretrained("pystd", "layers.2")
-    texts = [target.tokenizer.decode([i]) for i in range(len(target.tokenizer))]
-    words = Vocabulary(texts, {text: i for i, text in enumerate(texts)})
+    words = words_of(target)
     rows = load_corpus("stdlib", target.tokenizer, context=sae.cfg.context_size or 256).held_out.ids
     habits = {
         "bracket": find_bracket, "colon": find_colon, "quote": find_quote, "self": find_self, "indent": find_indent,

@@ -3,7 +3,12 @@
 The JSON is the schema of Neuronpedia and circuit-tracer (version 1): `metadata`, `qParams`, `nodes`, `links`. Those
 viewers know layers with transcoders where a circuit has Sites, so a Site's place in the pass stands for the layer, a
 feature goes as "cross layer transcoder" and an error as "mlp reconstruction error", whatever the Site; its name is
-in `metadata.transcoder_list`. Tokens of the prompt are there to be shown; no link leaves them.
+in `metadata.transcoder_list`. Tokens of the prompt are there to be shown; no link leaves them. `node_threshold` gives
+circuit-tracer's page its slider, which hides nodes whose `influence`, a running share of all effects, is above it.
+
+Both show contributions: the effect of a node's change with the sign turned, what the metric has by the node being as it
+is. A link is the part of its source's contribution to the metric that goes by way of its target, where circuit-tracer's
+own graphs have the source's contribution to the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
+from saekit.errors import SaekitError
 from saekit.patching.circuits import ERROR, METRIC, Circuit, CircuitNode
+from saekit.patching.effects import EVERYWHERE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -40,7 +47,14 @@ def viewer_graph(
         slug: a short name for the graph.
         answer: the token that stands for the metric, at the end of the prompt.
         chance: the model's probability of it.
+
+    Raises:
+        SaekitError: a circuit of features everywhere; a viewer puts each node at a token.
     """
+    if any(node.position == EVERYWHERE for node in circuit.nodes):
+        raise SaekitError(
+            "a viewer puts each node at a token; trace the circuit of one prompt, without everywhere=True"
+        )
     tokens = [text(token) for token in ids.tolist()]
     last, top = len(tokens) - 1, str(len(circuit.sites) + 1)
     logit = {
@@ -63,7 +77,7 @@ def viewer_graph(
             "transcoder_list": [str(site) for site in circuit.sites],
             "prompt_tokens": tokens,
             "prompt": "".join(tokens),
-            "node_threshold": None,
+            "node_threshold": 1.0,
             "schema_version": 1,
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
@@ -72,7 +86,7 @@ def viewer_graph(
             {
                 "source": names[edge.source],
                 "target": logit["node_id"] if edge.target == METRIC else names[edge.target],
-                "weight": edge.weight,
+                "weight": -edge.weight,
             }
             for edge in circuit.edges
         ],
@@ -80,21 +94,22 @@ def viewer_graph(
 
 
 def circuit_figure(circuit: Circuit, tokens: Sequence[str]) -> "Figure":
-    """Positions from left to right, Sites from below, the metric on top; blue raises it and red lowers it.
+    """Positions from left to right, Sites from below, the metric on top; what is blue raises it, what is red lowers it.
 
     Args:
-        tokens: what each position of the prompt reads.
+        tokens: what each position of the prompt reads; of a circuit of features everywhere, any names for the places
+            that its nodes are spread over.
     """
     import plotly.graph_objects as go
 
-    place = _places(circuit)
+    place = _places(circuit, len(tokens))
     top = (len(tokens) - 1.0, len(circuit.sites))
     most = max((abs(edge.weight) for edge in circuit.edges), default=1.0)
     figure = go.Figure()
     for edge in circuit.edges:
         (x, y), (to_x, to_y) = place[edge.source], top if edge.target == METRIC else place[edge.target]
         width = _WIDEST * abs(edge.weight) / most
-        line = {"color": _UP if edge.weight > 0 else _DOWN, "width": max(width, 0.2)}
+        line = {"color": _DOWN if edge.weight > 0 else _UP, "width": max(width, 0.2)}
         figure.add_scatter(x=[x, to_x], y=[y, to_y], mode="lines", line=line, opacity=0.5, hoverinfo="skip")
     for is_error, symbol in ((False, "circle"), (True, "diamond")):
         chosen = [i for i, node in enumerate(circuit.nodes) if (node.feature == ERROR) == is_error]
@@ -105,7 +120,7 @@ def circuit_figure(circuit: Circuit, tokens: Sequence[str]) -> "Figure":
             marker={
                 "symbol": symbol,
                 "size": 11,
-                "color": [_GREY if is_error else _UP if circuit.nodes[i].effect > 0 else _DOWN for i in chosen],
+                "color": [_GREY if is_error else _DOWN if circuit.nodes[i].effect > 0 else _UP for i in chosen],
             },
             text=[_hover(circuit.nodes[i], circuit) for i in chosen],
             hoverinfo="text",
@@ -163,22 +178,23 @@ def _cumulative(circuit: Circuit) -> dict[int, float]:
     so_far = 0.0
     for i in order:
         so_far += abs(circuit.nodes[i].effect)
-        shares[i] = so_far / total
+        shares[i] = min(so_far / total, 1.0)  # or the last node would fall to rounding under a threshold of 1
     return shares
 
 
-def _places(circuit: Circuit) -> list[tuple[float, int]]:
-    """Where each node stands: those of one token side by side."""
+def _places(circuit: Circuit, n_tokens: int) -> list[tuple[float, int]]:
+    """Where each node stands: those of one token side by side, those of no token over the whole width."""
     together: dict[tuple[int, int], list[int]] = {}
     for i, node in enumerate(circuit.nodes):
         together.setdefault((node.site, node.position), []).append(i)
     places: dict[int, tuple[float, int]] = {}
     for (site, position), several in together.items():
+        middle, width = ((n_tokens - 1) / 2, n_tokens - 1) if position == EVERYWHERE else (position, 0.8)
         for rank, i in enumerate(several):
-            places[i] = (position + 0.8 * ((rank + 0.5) / len(several) - 0.5), site)
+            places[i] = (middle + width * ((rank + 0.5) / len(several) - 0.5), site)
     return [places[i] for i in range(len(circuit.nodes))]
 
 
 def _hover(node: CircuitNode, circuit: Circuit) -> str:
     what = "error" if node.feature == ERROR else f"#{node.feature}, strength {node.strength:.3g}"
-    return f"{escape(str(circuit.sites[node.site]))} {what}<br>effect {node.effect:+.3g}"
+    return f"{escape(str(circuit.sites[node.site]))} {what}<br>contributes {-node.effect:+.3g}"

@@ -105,6 +105,15 @@ def write_page(path: Path | str, page: PageData) -> Path:
     Raises:
         FileError: if there is no space or no right to write there; what was there before stays.
     """
+    return write_text(path, render_page(page))
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """The same of any text.
+
+    Raises:
+        FileError: as for a page.
+    """
     path = Path(path)
     beside: Path | None = None
     try:
@@ -113,7 +122,7 @@ def write_page(path: Path | str, page: PageData) -> Path:
         beside = Path(name)
         # half a surrogate pair in a name has no UTF-8, but it has a number
         with os.fdopen(handle, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
-            file.write(render_page(page))
+            file.write(text)
         beside.chmod(0o644)  # mkstemp makes it private
         beside.replace(path)
     except OSError as error:

@@ -13,6 +13,9 @@ so that the edges that leave a node add up to its effect, and effects add up to 
 everything. Error nodes take part like features where there is another prompt to take errors from; in a circuit of
 ablations errors are no nodes, and what goes by way of them counts as direct. What is approximate is what gradients
 are: check a circuit with `saekit.patching.circuit_check` before believing it.
+
+A circuit of one prompt has a node per token; one of a behaviour that many prompts share has a node per feature, which
+stands for it at all tokens of all of them, and its effects and edges are means over prompts.
 """
 
 from collections.abc import Mapping
@@ -25,7 +28,7 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
-from saekit.patching.effects import Prompts, check_same_places, read_prompts
+from saekit.patching.effects import EVERYWHERE, Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
 from saekit.patching.splice import SAEs, in_order, meet, place_saes, write
 from saekit.patching.tokens import Grid, TokenMask, grid_of
@@ -42,14 +45,14 @@ METRIC = -1
 
 @dataclass(frozen=True, slots=True)
 class CircuitNode:
-    """One feature, or the error, at one token of one Site.
+    """One feature, or the error, at one token of one Site, or at all of them.
 
     Attributes:
         site: index into the circuit's Sites.
-        position: in the prompt.
+        position: in the prompt, or `EVERYWHERE`.
         feature: or `ERROR`.
-        strength: of the feature in the prompt; 0 for an error.
-        effect: attributed effect on the metric of changing it.
+        strength: of the feature in the prompt, or its mean over the tokens where it is active; 0 for an error.
+        effect: attributed effect on the metric of changing it, in the mean over prompts.
     """
 
     site: int
@@ -119,30 +122,38 @@ def trace_circuit(
     *,
     other_ids: Int[Tensor, "_ _"] | None = None,
     n_nodes: int = 60,
+    everywhere: bool = False,
     mask: MaskPolicy | TokenMask = MaskPolicy(),
 ) -> Circuit:
-    """The circuit behind a metric on one prompt.
+    """The circuit behind a metric on one prompt, or on several.
 
     Args:
-        other_ids: the prompt that changes lead to; without it a feature's change is its ablation, and errors stay.
+        other_ids: the prompts that changes lead to; without them a feature's change is its ablation, and errors stay.
         n_nodes: how many to keep, of all Sites together, by the size of their effect.
+        everywhere: a node is a feature at all its tokens; needed for several prompts, whose tokens mean nothing
+            to each other.
 
     Raises:
-        SaekitError: no SAE, several prompts, or fewer than one node.
-        ShapeError: another prompt of another length.
+        SaekitError: no SAE, or fewer than one node.
+        ShapeError: several prompts without `everywhere`, or other prompts of another number or length.
     """
     placed = place_saes(saes)
     if not placed or n_nodes < 1:
         raise SaekitError(f"{len(placed)} SAEs and {n_nodes} nodes make no circuit; give at least one of each")
-    if len(ids) != 1:
-        raise ShapeError(f"{len(ids)} prompts are given, and a circuit is of one; trace them one by one")
+    if len(ids) != 1 and not everywhere:
+        raise ShapeError(
+            f"{len(ids)} prompts are given, and a circuit with positions is of one; trace them one by one, or pass "
+            "everywhere=True"
+        )
     tokens = TokenMask.of(target, mask)
     others = read_others(target, placed, ids, other_ids, tokens)
     with torch.enable_grad():
         cuts, value = _cut_pass(target, placed, others, ids, metric, tokens)
         gradients = _total_gradients(cuts, value)
         nodes = [
-            node for k, (cut, found) in enumerate(zip(cuts, gradients, strict=True)) for node in _nodes(k, cut, found)
+            node
+            for k, (cut, found) in enumerate(zip(cuts, gradients, strict=True))
+            for node in _nodes(k, cut, found, everywhere=everywhere)
         ]
         total = sum(node.effect for node, _ in nodes)
         nodes = sorted(nodes, key=lambda one: -abs(one[0].effect))[:n_nodes]
@@ -195,7 +206,7 @@ def _cut_pass(
         return go_on
 
     with target.editing(in_order(target, placed, read_at, write_at), passes=passes):
-        value = metric(target.run(ids), torch.zeros(1, dtype=torch.int64))[0]
+        value = metric(target.run(ids), torch.arange(len(ids))).mean()
     return cuts, value
 
 
@@ -259,20 +270,36 @@ def _gradient(value: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
     return by_leaf[0], by_leaf[1] if len(by_leaf) > 1 else torch.zeros_like(cut.error)
 
 
-# a node with its place among the entries of its Site, or among the tokens for an error
-_Placed = tuple[CircuitNode, int]
+# a node with its places among the entries of its Site, or among the tokens for an error
+_Placed = tuple[CircuitNode, Tensor]
 
 
-def _nodes(number: int, cut: _Cut, gradients: tuple[Tensor, Tensor]) -> list[_Placed]:
+def _nodes(number: int, cut: _Cut, gradients: tuple[Tensor, Tensor], *, everywhere: bool) -> list[_Placed]:
     by_strength, by_error = gradients
-    _, column = cut.grid.kept()
-    effect = (cut.change.double() * by_strength.double()).tolist()
-    of_error = (cut.error_change.double() * by_error.double()).sum(-1).tolist()
-    position = column.to(cut.before.device)[cut.before.token_of_entry()].tolist()
-    entries = zip(position, cut.before.features.tolist(), cut.strengths.tolist(), effect, strict=True)
-    nodes = [(CircuitNode(number, *entry), place) for place, entry in enumerate(entries)]
-    errors = zip(column.tolist(), of_error, strict=True)
-    return nodes + [(CircuitNode(number, at, ERROR, 0.0, e), place) for place, (at, e) in enumerate(errors)]
+    column = cut.grid.kept()[1].to(cut.before.device)
+    position = torch.full_like(column, EVERYWHERE) if everywhere else column
+    effect = cut.change.double() * by_strength.double()
+    of_error = (cut.error_change.double() * by_error.double()).sum(-1)
+    nodes: list[_Placed] = []
+    for key, places in _grouped(node_key(position[cut.before.token_of_entry()], cut.before.features, cut.before)):
+        at, feature = divmod(key, cut.before.n_features)
+        strengths = cut.strengths[places].detach()
+        mean = strengths.sum() / (strengths > 0).sum().clamp(min=1)
+        nodes.append((CircuitNode(number, at - 1, feature, float(mean), float(effect[places].sum())), places))
+    for at, places in _grouped(position):
+        nodes.append((CircuitNode(number, at, ERROR, 0.0, float(of_error[places].sum())), places))
+    return nodes
+
+
+def node_key(position: Tensor, features: Tensor, codes: SparseCodes) -> Int[Tensor, " n"]:
+    """(position, feature) as one number; the feature itself where the position is `EVERYWHERE`."""
+    return (position + 1) * codes.n_features + features
+
+
+def _grouped(keys: Int[Tensor, " n"]) -> list[tuple[int, Tensor]]:
+    """Each key once, with all places that have it."""
+    found, group, count = keys.unique(return_inverse=True, return_counts=True)
+    return list(zip(found.tolist(), group.argsort(stable=True).split(count.tolist()), strict=True))
 
 
 def _edges(
@@ -281,26 +308,26 @@ def _edges(
     """One backward pass per target."""
     edges: list[CircuitEdge] = []
     targets = [(METRIC, len(cuts), value)]
-    for i, (node, place) in enumerate(nodes):
+    for i, (node, places) in enumerate(nodes):
         cut, (by_strength, by_error) = cuts[node.site], gradients[node.site]
         if node.feature == ERROR:
-            share = (cut.error_before[place] * by_error[place]).sum()
+            share = (cut.error_before[places] * by_error[places]).sum()
         else:
-            share = cut.before.values[place] * by_strength[place]
+            share = (cut.before.values[places] * by_strength[places]).sum()
         targets.append((i, node.site, share))
     for i, site, share in targets:
         if not share.requires_grad:
             continue
         by_leaf = [_gradient(share, cut) for cut in cuts[:site]]
-        for j, (source, place) in enumerate(nodes):
+        for j, (source, places) in enumerate(nodes):
             if source.site < site:
-                weight = _weight(cuts[source.site], by_leaf[source.site], source, place)
+                weight = _weight(cuts[source.site], by_leaf[source.site], source, places)
                 edges += [CircuitEdge(j, i, weight)] if weight else []
     return tuple(sorted(edges, key=lambda edge: (edge.source, edge.target)))
 
 
-def _weight(cut: _Cut, gradients: tuple[Tensor, Tensor], source: CircuitNode, place: int) -> float:
+def _weight(cut: _Cut, gradients: tuple[Tensor, Tensor], source: CircuitNode, places: Tensor) -> float:
     by_strength, by_error = gradients
     if source.feature == ERROR:
-        return float((cut.error_change[place].double() * by_error[place].double()).sum())
-    return float(cut.change[place].double() * by_strength[place].double())
+        return float((cut.error_change[places].double() * by_error[places].double()).sum())
+    return float((cut.change[places].double() * by_strength[places].double()).sum())

@@ -17,7 +17,7 @@ from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching.coordinates import strength_of
 from saekit.patching.metric import Metric
-from saekit.patching.splice import Encoded, spliced, writing_site
+from saekit.patching.splice import Encoded, reading_site, spliced, writing_site
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -89,7 +89,7 @@ def read_prompts(
         SaekitError: a Site of every call (`@*`); effects are of one tensor.
     """
     _check_one_call(site)
-    written = writing_site(sae, site)
+    site, written = reading_site(target, sae, site), writing_site(sae, site)
     read = [target.read(part, list({site, written})) for part in ids.split(batch_rows)]
     vectors, out = (torch.cat([part[at] for part in read]) for at in (site, written))
     grid = grid_of(vectors, site, Passes(0, given=Given(ids.to(vectors.device))), TokenMask.of(target, mask))

@@ -9,7 +9,8 @@ Tokens that the mask leaves out pass by. Gradients go the way of the formula on 
 encoder and decoder, not around them.
 
 A transcoder reads `x` at one Site and writes in the place of `y` at another, later one: `error = y - decode(codes)`
-and `output = y + decode(edited - codes)`, with the same promises.
+and `output = y + decode(edited - codes)`, with the same promises. Either Site may stand for it, so that it can go
+together with an SAE that reads the same tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from saekit.targets.passes import Passes
 from saekit.targets.target import Edit
 
 SAEs = Sequence[SAE] | Mapping[Site, SAE]
-"""SAEs at the Sites that their cfg names, or at Sites given here."""
+"""SAEs at the Sites that their cfg names, or at Sites given here: where they read, or where a transcoder writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def place_saes(saes: SAEs) -> dict[Site, SAE]:
         if not sae.cfg.hook_name:
             raise SaekitError(f"{sae} does not record its Site; pass saes={{Site.parse('layers.2'): sae}}")
         site = Site.parse(sae.cfg.hook_name)
+        if sae.is_transcoder and any(Site.parse(other.cfg.hook_name) == site for other in saes if other is not sae):
+            site = writing_site(sae, site)
         if site in placed:
             raise SaekitError(f"two SAEs were trained at {site}; pass one, or saes={{site: sae}} with two Sites")
         placed[site] = sae
@@ -173,6 +176,13 @@ def writing_site(sae: SAE, site: Site) -> Site:
     if not sae.cfg.hook_name_out:
         raise SaekitError(f"the transcoder at {site} does not record where it writes; give its cfg a hook_name_out")
     return replace(Site.parse(sae.cfg.hook_name_out), call=site.call)
+
+
+def reading_site(target: Target, sae: SAE, site: Site) -> Site:
+    """Where an SAE placed at `site` reads: there, unless it is a transcoder that is named by where it writes."""
+    if not sae.is_transcoder or not sae.cfg.hook_name or _own(target, site) != _own(target, writing_site(sae, site)):
+        return site
+    return replace(Site.parse(sae.cfg.hook_name), call=site.call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +294,7 @@ def in_order(target: Target, placed: Mapping[Site, SAE], read_at: Hook, write_at
         if not sae.is_transcoder:
             hooks.setdefault(_own(target, site), []).extend([read_at(site, sae), write_at(site, sae)])
     for site, sae in transcoders.items():
-        hooks.setdefault(_own(target, site), []).append(read_at(site, sae))
+        hooks.setdefault(_own(target, reading_site(target, sae, site)), []).append(read_at(site, sae))
 
     def in_turn(several: Sequence[Edit]) -> Edit:
         return lambda x: reduce(lambda x, one: one(x), several, x)

@@ -22,7 +22,7 @@ from saekit.patching import Intervention, Zero, run_with_cache_with_saes, run_wi
 
 WIDTH, FEATURES, HOOK = 32, 96, "blocks.1.hook_resid_post"
 KINDS = {"standard": StandardSAEConfig, "topk": TopKSAEConfig, "jumprelu": JumpReLUSAEConfig}
-ENTRIES = ("input", "acts_post", "recons", "error", "output")
+ENTRIES = ("input", "acts_pre", "acts_post", "recons", "error", "output")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
