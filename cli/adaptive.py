@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from saekit.adaptive.saved import Saved
 
 # facts that are a table or a list of their own
-_LONG = ("budgets", "greedy", "controls", "difficulty")
+_LONG = ("budgets", "greedy", "controls", "split_oracle", "nats_by_chance_of_big", "difficulty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,14 +58,14 @@ def test_a_tape_is_never_shorter_or_longer_than_its_rule_allows(longest, share, 
 
 
 def test_equal_entries_make_the_longest_tape_and_a_clear_choice_the_shortest():
-    rule = ReadingRule(longest=8, tau=2.0)
+    rule, generator = ReadingRule(longest=8, tau=2.0), torch.Generator().manual_seed(0)
     reader = reader_of(rule)
-    flat = reader(torch.randn(2, 8), torch.ones(2, 32, 8))
+    flat = reader(torch.randn(2, 8, generator=generator), torch.ones(2, 32, 8))
     assert (flat.length == 8).all()
     torch.testing.assert_close(flat.weights, torch.full_like(flat.weights, 0.25))
     with torch.no_grad():
-        reader.norm.weight.mul_(30)
-    clear = reader(torch.randn(2, 8), torch.randn(2, 32, 8))
+        reader.norm.weight.mul_(100)
+    clear = reader(torch.randn(2, 8, generator=generator), torch.randn(2, 32, 8, generator=generator))
     assert (clear.length == 2).all()
 
 
@@ -135,8 +135,8 @@ def test_slots_beyond_the_tape_get_no_attention_at_all():
 def test_without_a_tape_it_is_the_base_model():
     model, symbols = model_of(), symbols_of()
     model.valid.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
-    one_hot = model.check(symbols)
-    x = torch.cat([model.class_token.expand(8, -1, -1), model.embed(one_hot.flatten(1))[:, None]], 1)
+    own = model.seen.own(symbols)
+    x = torch.cat([model.class_token.expand(8, -1, -1), model.embed(own)], 1)
     for block in model.layers:
         x = block(x)
     torch.testing.assert_close(model(symbols).logits, model.head(model.norm(x[:, 0])), rtol=0, atol=1e-6)

@@ -17,6 +17,7 @@ from saekit.adaptive.duo_router import n_big
 
 GREEDY_ROWS = 4
 CHOICES = (1, 2, 4, 6)
+CHANCES = (0.0, 0.25, 0.5, 0.75, 1.0)
 HARD = 0.1
 
 
@@ -50,8 +51,52 @@ def measure_duo(model: DuoLLM, ids: Int[Tensor, "batch tokens"], *, seed: int = 
         **{f"budget_{b}": float(greedy(model, few, with_budget(routes, b)).nats.mean()) for b in (1, half)},
     }
     facts["controls"] = _controls(model, ids, nats[spent == half], routes[spent == half], seed)
+    facts["split_oracle"] = split_oracle(nats[spent == half], ids)
+    facts["nats_by_chance_of_big"] = {f"{chance:g}": nats_of_coins(model, ids, chance) for chance in CHANCES}
     facts["difficulty"] = _difficulty(nats, spent, best_of(nats[spent == half], routes[spent == half]).nats)
     return facts
+
+
+@torch.no_grad()
+def nats_of_coins(model: DuoLLM, ids: Int[Tensor, "batch tokens"], chance: float, *, seed: int = 0) -> float:
+    """Mean loss where every token takes big in every layer with this chance."""
+    coins = torch.rand(*ids.shape, model.config.layers, generator=torch.Generator().manual_seed(seed)) < chance
+    return float(next_token_nats(model(ids, coins.long()).logits, ids).mean())
+
+
+def split_oracle(
+    nats: Float[Tensor, "routes batch predicted"], ids: Int[Tensor, "batch tokens"], *, gram: int = 3
+) -> dict[str, float]:
+    """What an oracle's choice is worth where it has not seen the label: at the next place with the same tokens before.
+
+    For every place whose last `gram` tokens came before, the route is the best one for the place where they came
+    last. If routes fit contexts, and are not only selected by labels, that beats one fixed route for all.
+
+    Returns:
+        Nats per token over these places: of the routes chosen elsewhere, of the best fixed route, of all routes in
+        the mean, and of the oracle that sees the label; and how many places there are.
+    """
+    last: dict[tuple[int, ...], int] = {}
+    here, there = [], []
+    width = nats.shape[2]
+    for row, tokens in enumerate(ids.tolist()):
+        for place in range(gram - 1, width):
+            context = tuple(tokens[place - gram + 1 : place + 1])
+            if context in last:
+                here.append(row * width + place)
+                there.append(last[context])
+            last[context] = row * width + place
+    if not here:
+        return {"places": 0}
+    flat = nats.flatten(1)
+    now, before = flat[:, torch.tensor(here)], flat[:, torch.tensor(there)]
+    return {
+        "places": len(here),
+        "chosen_elsewhere": _chosen_by(before, now),
+        "best_fixed": float(now.mean(1).min()),
+        "mean_fixed": float(now.mean()),
+        "oracle": float(now.min(0).values.mean()),
+    }
 
 
 def _budget_row(nats: Float[Tensor, "routes batch n"], routes: Tensor, budget: int) -> dict[str, Any]:
