@@ -156,14 +156,17 @@ def as_text(facts: dict[str, Any]) -> str:
 def features_as_text(explained: dict[str, Any]) -> str:
     """One line per feature."""
     lines = [(f"feature {found['feature']}", as_line(found)) for found in explained["features"]]
-    measured = f"FVU {explained['fvu']:.3f}, error {explained['error_share']:.1%} of the score"
+    measured = f"FVU {explained['fvu']:.3f}"
+    if "error_share" in explained:
+        measured += f", error {explained['error_share']:.1%} of the score"
     head = f"what decides at {explained['site']} ({measured})"
     return f"{head}\n{columns(lines)}"
 
 
 def as_line(found: dict[str, Any]) -> str:
+    added = f", adds {found['mean_added']:+.3f}" if "mean_added" in found else ""
     return (
-        f"on {found['rate']:.1%} of tokens, adds {found['mean_added']:+.3f}; ablated, it flips "
+        f"on {found['rate']:.1%} of tokens{added}; ablated, it flips "
         f"{found['decision']['flipped']:.2%} of decisions (features like it at most "
         f"{found['strongest_control']:.2%}, p = {found['p']:.2f})"
     )

@@ -65,7 +65,8 @@ class AdaTapeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.insert < self.layers:
             raise SaekitError(f"insert={self.insert} is outside {self.layers} blocks; give 0 to {self.layers - 1}")
-        self.rule, self.seen  # noqa: B018  refuse now what they could not be then
+        self.rule  # noqa: B018  refuses now what it could not be then
+        self.seen  # noqa: B018  likewise
 
     @property
     def rule(self) -> ReadingRule:

@@ -5,7 +5,7 @@ All see the same batches in the same order for as many steps in all.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from saekit.adaptive.duo_recipe import LANGUAGE, DuoRecipe
 from saekit.adaptive.duo_report import CHANCES, nats_of_coins
 from saekit.adaptive.saved import filled
 from saekit.adaptive.stages import Stage
-from saekit.errors import SaekitError
 
 Way = Literal["joint", "big", "small", "added"]
 ADDED = "added"
@@ -32,10 +31,6 @@ class DuoBaseline:
 
     of: DuoRecipe
     way: Way
-
-    def __post_init__(self) -> None:
-        if self.way not in get_args(Way):
-            raise SaekitError(f"way={self.way!r} is none of {', '.join(get_args(Way))}")
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -66,7 +66,7 @@ def nats_of_coins(model: DuoLLM, ids: Int[Tensor, "batch tokens"], chance: float
 
 def split_oracle(
     nats: Float[Tensor, "routes batch predicted"], ids: Int[Tensor, "batch tokens"], *, gram: int = 3
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """What an oracle's choice is worth where it has not seen the label: at the next place with the same tokens before.
 
     For every place whose last `gram` tokens came before, the route is the best one for the place where they came

@@ -67,7 +67,7 @@ class PonderNet(nn.Module):
             left = left * (1 - chance)
         return PonderRun(torch.stack(answers, 1), torch.stack(halting, 1))
 
-    def macs(self, steps: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def macs(self, steps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Multiplications of inputs that took so many steps."""
         return macs_of_loop(self.config, steps)
 

@@ -50,7 +50,7 @@ def measure_cost(*, sizes: Sequence[int] = SIZES, batch: int = 8, repeats: int =
             for name, model in models.items():
                 seconds[name].append(_seconds(model.eval(), one_step(model, batch)))
         for name, model in models.items():
-            found[f"{name}_macs_at_{patches}"] = counted_macs(model)
+            found[f"{name}_macs_at_{patches}"] = float(counted_macs(model))
             found[f"{name}_ms_at_{patches}"] = 1000 * statistics.median(seconds[name])
         rin = models["rin"].config
         assert isinstance(rin, RINConfig)

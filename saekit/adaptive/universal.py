@@ -79,14 +79,14 @@ class UniversalTransformer(nn.Module):
             spent, running = spent + share, running & ~ends
         return UniversalRun(self.head(self.norm(out[:, 0])), steps, remainder)
 
-    def macs(self, steps: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def macs(self, steps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Multiplications of inputs that took so many steps."""
         return macs_of_loop(self.config, steps)
 
 
-def macs_of_loop(config: AdaTapeConfig, steps: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+def macs_of_loop(config: AdaTapeConfig, steps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """Of a block that is run again, with its chance to stop, between embedding and head."""
     seen, width = config.seen, config.width
     tokens = 1 + seen.n_entries
     step = macs_of_block(tokens, width, config.ratio) + tokens * width
-    return step * steps + seen.n_entries * seen.entry_size * width + width * config.classes
+    return step * steps.float() + seen.n_entries * seen.entry_size * width + width * config.classes
