@@ -56,7 +56,7 @@ def multiplications(model: torch.nn.Module, inputs: torch.Tensor) -> int:
 def hesitant(model: UniversalTransformer | PonderNet, strength: float = 3.0) -> UniversalTransformer | PonderNet:
     """Chances that differ from input to input."""
     with torch.no_grad():
-        torch.nn.init.normal_(model.chance.linear.weight, std=strength, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(model.loop.stop.weight, std=strength, generator=torch.Generator().manual_seed(0))
     return model.eval()
 
 
@@ -114,8 +114,8 @@ def test_entries_that_nobody_chose_are_the_same_for_all_and_still_weighed():
 def test_act_spends_exactly_one_and_stops_when_it_is_spent():
     model, symbols = hesitant(UniversalTransformer(CONFIG)), symbols_of(40)
     states, chances = [], []
-    model.block.register_forward_hook(lambda m, args, out: states.append(out.detach()))
-    model.chance.register_forward_hook(lambda m, args, out: chances.append(out.detach()))
+    model.loop.block.register_forward_hook(lambda m, args, out: states.append(out.detach()))
+    model.loop.stop.register_forward_hook(lambda m, args, out: chances.append(out.sigmoid().mean((1, 2)).detach()))
     run = model(symbols)
     assert len(run.steps.unique()) > 1 and run.steps.max() <= 6
     for number, steps in enumerate(run.steps.tolist()):
@@ -128,13 +128,13 @@ def test_act_spends_exactly_one_and_stops_when_it_is_spent():
         out = torch.zeros_like(states[0][number])
         for share, state in zip(u, states, strict=False):
             out = state[number] * share + out * (1 - share)
-        torch.testing.assert_close(run.logits[number], model.head(model.norm(out[0])), rtol=0, atol=1e-5)
+        torch.testing.assert_close(run.logits[number], model.loop.head(model.loop.norm(out[0])), rtol=0, atol=1e-5)
 
 
 def test_the_step_cost_reaches_the_chance_through_the_remainder():
     model = UniversalTransformer(CONFIG)
     (run := model(symbols_of())).remainder.mean().backward()
-    assert model.chance.linear.bias.grad.abs().max() > 0
+    assert model.loop.stop.bias.grad.abs().max() > 0
     # as untrained every input has the same small chance
     assert (run.steps == run.steps[0]).all()
     torch.testing.assert_close(run.remainder, 1 - (run.steps - 1) * torch.tensor(-1.0).sigmoid())
@@ -182,7 +182,7 @@ def test_a_loops_multiplications_are_those_of_its_steps(model_class):
     counted = multiplications(model, symbols_of(1))
     # PonderNet needs no chance at its last step
     spared = 13 * 16 if model_class is PonderNet else 0
-    assert int(model.macs(torch.tensor([1]))) == counted + spared
+    assert int(model.loop.macs(torch.tensor([1]))) == counted + spared
 
 
 # ------------------------------------------------------------------------------------------------ recipes
@@ -207,7 +207,15 @@ def test_a_baseline_is_measured_on_digits(model):
     assert ("length" in found) == (model != "shallow")
     loss, _ = recipe.loss(built, recipe.stages[0], 0)
     loss.backward()
-    assert built.head.weight.grad.abs().max() > 0
+    assert any(weight.grad.abs().max() > 0 for weight in built.parameters() if weight.grad is not None)
+
+
+def test_the_plain_transformer_minimises_the_task_alone():
+    recipe = BaselineRecipe(model="plain")
+    model = recipe.build()
+    symbols, labels = recipe.batch_at(recipe.stages[0], 0)
+    task = torch.nn.functional.cross_entropy(model(symbols), labels)
+    assert torch.equal(recipe.loss(model, recipe.stages[0], 0)[0], task)
 
 
 def test_the_shallow_transformer_costs_about_what_adatape_does():
@@ -282,7 +290,10 @@ def test_a_split_oracle_chooses_where_the_same_tokens_came_last():
     # at the second 1 2 3 (place 6) the first route is better, at the first (place 2) the second one was
     nats[:, 0, 2], nats[:, 0, 6] = torch.tensor([5.0, 1.0]), torch.tensor([2.0, 3.0])
     found = split_oracle(nats, ids)
-    assert found == {"places": 1, "chosen_elsewhere": 3.0, "best_fixed": 2.0, "mean_fixed": 2.5, "oracle": 2.0}
+    assert found == {"places": 1, "chosen_elsewhere": 3.0, "best_fixed": 2.0, "oracle": 2.0}
+    ids[0, 7] = 8  # what follows is another token than at the first place
+    apart = split_oracle(nats, ids)
+    assert {name: apart[f"another_label_{name}"] for name in found} == found
     assert split_oracle(nats, torch.arange(8)[None]) == {"places": 0}
     with pytest.raises(SaekitError, match="'shallow' is for pictures alone"):
         BaselineRecipe(model="shallow")

@@ -70,11 +70,13 @@ def split_oracle(
     """What an oracle's choice is worth where it has not seen the label: at the next place with the same tokens before.
 
     For every place whose last `gram` tokens came before, the route is the best one for the place where they came
-    last. If routes fit contexts, and are not only selected by labels, that beats one fixed route for all.
+    last. If routes fit contexts, and are not only selected by labels, that beats one fixed route for all. But text
+    repeats itself: where the same token follows, the other place had seen the label too, so that the places where
+    another one follows are also told apart (`another_label`).
 
     Returns:
-        Nats per token over these places: of the routes chosen elsewhere, of the best fixed route, of all routes in
-        the mean, and of the oracle that sees the label; and how many places there are.
+        How many places there are, and nats per token over them: of the routes chosen elsewhere, of the best fixed
+        route, and of the oracle that sees the label.
     """
     last: dict[tuple[int, ...], int] = {}
     here, there = [], []
@@ -88,13 +90,20 @@ def split_oracle(
             last[context] = row * width + place
     if not here:
         return {"places": 0}
-    flat = nats.flatten(1)
-    now, before = flat[:, torch.tensor(here)], flat[:, torch.tensor(there)]
+    labels, places = ids[:, 1:].flatten(), torch.tensor([here, there])
+    apart = places[:, labels[places[0]] != labels[places[1]]]
+    found = _chosen_elsewhere(nats.flatten(1), places)
+    if not apart.shape[1]:
+        return found
+    return found | {f"another_label_{name}": x for name, x in _chosen_elsewhere(nats.flatten(1), apart).items()}
+
+
+def _chosen_elsewhere(nats: Float[Tensor, "routes all"], places: Int[Tensor, "both n"]) -> dict[str, float | int]:
+    now, before = nats[:, places[0]], nats[:, places[1]]
     return {
-        "places": len(here),
+        "places": places.shape[1],
         "chosen_elsewhere": _chosen_by(before, now),
         "best_fixed": float(now.mean(1).min()),
-        "mean_fixed": float(now.mean()),
         "oracle": float(now.min(0).values.mean()),
     }
 

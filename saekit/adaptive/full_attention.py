@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.adaptive.block import Block, initialise, macs_of_block
-from saekit.adaptive.patches import patches_of
+from saekit.adaptive.patches import patches_of, picture_from
 from saekit.adaptive.rin import wave
 
 
@@ -76,6 +76,5 @@ class FullAttention(nn.Module):
         x = torch.cat([self.embed(patches) + self.position, time, self.label(label)[:, None]], 1)
         for layer in self.layers:
             x = layer(x)
-        noise = self.readout(self.norm(x[:, : config.patches])).transpose(1, 2)
-        size = (config.image, config.image)
-        return nn.functional.fold(noise, size, config.patch, stride=config.patch), z_prev
+        noise = self.readout(self.norm(x[:, : config.patches]))
+        return picture_from(noise, image=config.image, patch=config.patch), z_prev

@@ -2,7 +2,7 @@
 
 Banino et al., arXiv 2107.05407. The loss is expected over the steps, and the chances are kept near a geometric
 distribution. Known from the paper: the distribution, in which the last step takes what is left, and the loss. Ours:
-the chance is read as in `universal`, and without chance at inference: the answer is that of the first step by which
+inference is without chance: the answer is that of the first step by which
 half of the distribution is spent (the paper draws one).
 """
 
@@ -13,9 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.adaptive.adatape import AdaTapeConfig
-from saekit.adaptive.adatape_inputs import EntryTokens
-from saekit.adaptive.block import Block, initialise
-from saekit.adaptive.universal import Chance, macs_of_loop
+from saekit.adaptive.looped import Loop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,29 +45,18 @@ class PonderNet(nn.Module):
 
     def __init__(self, config: AdaTapeConfig, *, seed: int = 0):
         super().__init__()
-        self.config = config
-        self.tokens = EntryTokens(config.seen, config.width)
-        self.block = Block(config.width, config.heads, config.ratio * config.width)
-        self.chance = Chance(config.width)
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.head = nn.Linear(config.width, config.classes)
-        initialise(self, seed=seed)
-        self.chance.begin()
+        self.loop = Loop(config, seed=seed)
 
     def forward(self, inputs: Float[Tensor, "batch *size"]) -> PonderRun:
-        x = self.tokens(inputs)
+        loop, x = self.loop, self.loop.tokens(inputs)
         left, answers, halting = torch.ones_like(x[:, 0, 0]), [], []
-        for number in range(self.config.longest):
-            x = self.block(x)
-            chance = self.chance(x) if number < self.config.longest - 1 else torch.ones_like(left)
-            answers.append(self.head(self.norm(x[:, 0])))
+        for number in range(loop.config.longest):
+            x = loop.block(x)
+            chance = loop.chance(x) if number < loop.config.longest - 1 else torch.ones_like(left)
+            answers.append(loop.answer(x))
             halting.append(left * chance)
             left = left * (1 - chance)
         return PonderRun(torch.stack(answers, 1), torch.stack(halting, 1))
-
-    def macs(self, steps: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Multiplications of inputs that took so many steps."""
-        return macs_of_loop(self.config, steps)
 
 
 def ponder_task(run: PonderRun, labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
