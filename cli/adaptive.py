@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from saekit.adaptive.saved import Saved
 
 # facts that are a table or a list of their own
-_LONG = ("budgets", "greedy", "controls", "difficulty")
+_LONG = ("budgets", "greedy", "controls", "split_oracle", "nats_by_chance_of_big", "difficulty")
+
+# flags that would otherwise be passed over in silence
+_ONLY_FOR = {"seed": "train", "resume": "train", "speed": "report"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +50,10 @@ class Adaptive:
     rows: int = 16
     """Rows of held-out text that duo-llm is measured on; a-vit is measured on all test digits."""
     speed: bool = False
-    """Let report of a-vit also time how much faster it is when halted patches are really removed."""
+    """Let report also time: a-vit with halted patches really removed, a step of rin beside one with full attention."""
     explain: int | None = None
-    """Let report also train an SAE on what this step (a layer, from 0) decides by, and test its strongest features."""
+    """Let report also train an SAE on what this step decides by, and test its strongest features. A step is a layer,
+    for adatape a tape token, for rin a step of sampling; from 0."""
     json: bool = False
     """Print the facts as JSON."""
     config: Path | None = None
@@ -62,6 +66,11 @@ class Adaptive:
             raise SaekitError(
                 f"saekit adaptive {self.do} takes {'an' if self.do == 'trace' else 'no'} INPUT; see --help for examples"
             )
+        if self.explain is not None and self.do != "report":
+            raise SaekitError(f"--explain is for saekit adaptive report; leave it out of {self.do}")
+        for flag, verb in _ONLY_FOR.items():
+            if getattr(self, flag) and self.do != verb:
+                raise SaekitError(f"--{flag} is for saekit adaptive {verb}; leave it out of {self.do}")
         if self.rows < 1:
             raise SaekitError(f"--rows {self.rows} reads nothing; give at least 1")
         facts = {"train": self.train, "report": self.report, "trace": self.trace}[self.do]()
@@ -85,11 +94,15 @@ class Adaptive:
     def report(self) -> dict[str, Any]:
         from saekit.adaptive.kinds import KINDS
         from saekit.adaptive.saved import load_adaptive
+        from saekit.errors import SaekitError
 
         saved = load_adaptive(self.name)
         kind = KINDS[saved.kind]
+        # refused before minutes of work, not after
+        if self.speed and saved.kind not in ("a-vit", "rin"):
+            raise SaekitError("--speed is for a-vit and rin, whose cost is what they are about; leave it out")
         if self.explain is not None:
-            kind.target(saved).step(self.explain)  # refused before minutes of work, not after
+            kind.target(saved).step(self.explain)
         facts = {"model": self.name, **kind.measure(saved, self.rows)}
         if self.explain is not None:
             from saekit.adaptive.explain import explain_step
@@ -101,10 +114,10 @@ class Adaptive:
         from saekit.adaptive.a_vit import AViT
         from saekit.adaptive.a_vit_report import measure_speed
         from saekit.adaptive.digits import load_digits
-        from saekit.errors import SaekitError
+        from saekit.adaptive.rin_cost import measure_cost
 
         if not isinstance(saved.model, AViT):
-            raise SaekitError("--speed is for a-vit, which can remove what it has stopped working on; leave it out")
+            return measure_cost()
         digits = load_digits(int(saved.recipe.get("seed", 0)))
         return measure_speed(saved.model, digits.test_images(saved.model.config.image)[:64])
 
@@ -156,14 +169,17 @@ def as_text(facts: dict[str, Any]) -> str:
 def features_as_text(explained: dict[str, Any]) -> str:
     """One line per feature."""
     lines = [(f"feature {found['feature']}", as_line(found)) for found in explained["features"]]
-    measured = f"FVU {explained['fvu']:.3f}, error {explained['error_share']:.1%} of the score"
+    measured = f"FVU {explained['fvu']:.3f}"
+    if "error_share" in explained:
+        measured += f", error {explained['error_share']:.1%} of the score"
     head = f"what decides at {explained['site']} ({measured})"
     return f"{head}\n{columns(lines)}"
 
 
 def as_line(found: dict[str, Any]) -> str:
+    added = f", adds {found['mean_added']:+.3f}" if "mean_added" in found else ""
     return (
-        f"on {found['rate']:.1%} of tokens, adds {found['mean_added']:+.3f}; ablated, it flips "
+        f"on {found['rate']:.1%} of tokens{added}; ablated, it flips "
         f"{found['decision']['flipped']:.2%} of decisions (features like it at most "
         f"{found['strongest_control']:.2%}, p = {found['p']:.2f})"
     )

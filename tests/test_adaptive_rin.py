@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saekit.adaptive import Flip, Force, Replay, Shift, Where, harvest, trace_with
 from saekit.adaptive.a_vit_recipe import load_once
 from saekit.adaptive.diffusion import Sampler, Sampling, cosine, denoising_loss, linear, noised, sigmoid
 from saekit.adaptive.rin import RIN, RINConfig, wave
@@ -246,9 +247,37 @@ def test_a_target_says_which_patches_each_step_read_more_than_their_share():
     with torch.no_grad():
         torch.testing.assert_close(target.target.run(labels), trace.more["pictures"])
     assert "steps that a patch was worked on" in trace.picture(1, image=trace.more["pictures"][1, 0])
-    assert target.steps == ()
-    with pytest.raises(SaekitError, match="step 0 of rin has no free decision"):
-        target.step(0)
+    with pytest.raises(SaekitError, match="step 4 of rin has no free decision; they are 0 to 3"):
+        target.step(4)
+
+
+def test_a_number_is_a_class_and_a_noise_whatever_else_is_in_the_batch():
+    target = rin_target(model_of(), Sampling(steps=3))
+    made = target.target.run(torch.tensor([3, 13, 4, 23]))
+    torch.testing.assert_close(target.target.run(torch.tensor([23]))[0], made[3], rtol=0, atol=1e-5)
+    assert not torch.equal(made[0], made[1])  # the same class from other noise
+    sampler = Sampler(target.target.model.model, Sampling(steps=3))
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sampler(noise, torch.tensor([3]))[0], made[1], rtol=0, atol=1e-5)
+    other_seed = rin_target(model_of(), Sampling(steps=3, seed=1))
+    assert not torch.equal(other_seed.target.run(torch.tensor([3]))[0], made[0])
+
+
+# slots ask with normed vectors, and what is turned is another
+@pytest.mark.filterwarnings("ignore::saekit.patching.OffDistributionWarning")
+def test_what_slots_ask_with_decides_where_they_read_and_nothing_else():
+    target, numbers = rin_target(model_of(), Sampling(steps=3)), torch.arange(5)
+    clean, step = target.trace(numbers), target.step(1)
+    assert harvest(target, numbers, 1).vectors.shape == (5 * 5, 32)
+    values = Site.parse("model.blocks.0.read.v:out@1")
+    with target.target.editing({step.reads: lambda z: -z}):
+        edited, same = target.trace(numbers), target.target.read(numbers, [values])[values]
+    assert torch.equal(edited.decision[:, 0], clean.decision[:, 0])
+    assert edited.changed(clean).any() and not torch.equal(edited.score[:, 1], clean.score[:, 1])
+    assert torch.equal(same, target.target.read(numbers, [values])[values])
+    for edit in (Force("read more"), Flip(Where(steps=(1,))), Shift(1.0), Replay(clean)):
+        with pytest.raises(SaekitError, match=r"of rin weighs, and takes no decision that could be overruled"):
+            trace_with(target, numbers, [edit])
 
 
 def test_the_recipe_learns_to_tell_noise_from_digits(tmp_path):

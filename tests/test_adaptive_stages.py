@@ -1,6 +1,8 @@
 """Training in stages: seeded, resumable to the bit, and saved as a folder that says what it is."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from saekit.adaptive.duo_recipe import LANGUAGE, ROUTER, DuoRecipe
 from saekit.adaptive.saved import Saved, filled, load_adaptive, save_adaptive
 from saekit.adaptive.stages import STATE_FILE, Stage, draw, train_stages
 from saekit.errors import DataError, FileError, UnknownNameError
+from saekit.training.stop import RunStopped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +80,28 @@ def test_a_resumed_run_ends_where_one_that_was_never_stopped_does(tmp_path, cut)
     resumed = train_stages(Line(), tmp_path / "cut", resume=True, on_report=later.append)
     assert later[0]["done"] == cut  # the step that was cut off is done again
     assert all(torch.equal(resumed[s][n], whole[s][n]) for s in whole for n in whole[s])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("done", [1, 5, 13, 36])
+def test_a_run_that_is_told_to_stop_saves_itself_and_says_how_to_go_on(tmp_path, number, done):
+    whole = train_stages(Line(), tmp_path / "whole")
+
+    def tell(report):
+        if report["done"] == done:
+            os.kill(os.getpid(), number)
+
+    stage, step = Line().stages[(done - 1) // 12].name, (done - 1) % 12 + 1
+    with pytest.raises(RunStopped, match=f"after step {step} of the stage {stage}, saved in .*--resume") as stopped:
+        train_stages(Line(), tmp_path / "cut", save_every=1000, on_report=tell)
+    assert stopped.value.signal == number
+    reports = []
+    resumed = train_stages(Line(), tmp_path / "cut", resume=True, on_report=reports.append)
+    assert [report["done"] for report in reports] == list(range(done + 1, 37))  # nothing was lost
+    for name, weights in whole.items():
+        for key, weight in weights.items():
+            assert torch.equal(resumed[name][key], weight)
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)  # as it was before
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):

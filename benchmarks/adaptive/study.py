@@ -1,9 +1,9 @@
 """Every adaptive model from several seeds: what each reports, as mean and spread, and pictures of decisions.
 
-    python -m benchmarks.adaptive.study [--out FOLDER] [--seeds 0 1 2] [--kinds a-vit duo-llm ...]
+    python -m benchmarks.adaptive.study [--out FOLDER] [--seeds 0 1 2] [--kinds a-vit duo-llm ...] [--arms plain ...]
 
-A model that is in the folder is not trained again, and one that was interrupted goes on. README.md beside this file
-says what the numbers mean.
+A model that is in the folder is not trained again, and one that was interrupted goes on. `--arms` names some of what
+the models are held against (`arms.py`); all, if it is not given. README.md beside this file says what the numbers mean.
 """
 
 import argparse
@@ -14,17 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saekit.adaptive.adatape import PlainTransformer
-from saekit.adaptive.adatape_recipe import AdaTapeRecipe, parity, sequences
-from saekit.adaptive.adatape_report import N_TEST, TEST_SEED
+from benchmarks.adaptive.arms import ARMS
 from saekit.adaptive.kinds import KINDS, train_kind
 from saekit.adaptive.picture import write_pictures
 from saekit.adaptive.saved import load_adaptive
-from saekit.adaptive.stages import STATE_FILE, seeded, train_stages
+from saekit.adaptive.stages import STATE_FILE, train_stages
 
 SHOWN = 4
-# what parity is held against: a transformer without a tape, and reading without recurrence
-CONTROLS: Mapping[str, Mapping[str, bool]] = {"plain": {"plain": True}, "still": {"moves_query": False}}
 
 
 def trained(kind: str, seed: int, out: Path, *, rows: int) -> Mapping[str, Any]:
@@ -37,26 +33,19 @@ def trained(kind: str, seed: int, out: Path, *, rows: int) -> Mapping[str, Any]:
     return load_adaptive(folder, kind=kind).facts
 
 
-def parity_controls(seed: int, out: Path) -> dict[str, float]:
-    """The accuracy of each control of AdaTape, trained as long."""
-    kept = out / f"adatape-controls-{seed}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    symbols = sequences(N_TEST, AdaTapeRecipe().length, seeded(TEST_SEED))
-    found = {}
-    for name, changes in CONTROLS.items():
-        note(f"adatape without what it needs ({name}), seed {seed}")
-        recipe = AdaTapeRecipe(seed=seed, **changes)
-        beside = out / f"adatape-{name}-{seed}.training"
+def arm_numbers(kind: str, name: str, seed: int, out: Path) -> Mapping[str, float]:
+    """The numbers of one arm, which is trained if it is not there yet."""
+    kept = out / f"{kind}-{name}-{seed}.json"
+    if not kept.exists():
+        note(f"{kind}, held against {name}, seed {seed}")
+        arm, beside = ARMS[kind][name], out / f"{kind}-{name}-{seed}.training"
+        recipe = arm.recipe(seed)
         weights = train_stages(recipe, beside, resume=(beside / STATE_FILE).exists())
-        model = recipe.build()
-        model.load_state_dict(weights[recipe.stages[0].name])
-        run = model.eval()(symbols)
-        logits = run if isinstance(model, PlainTransformer) else run.logits
-        found[name] = float((logits.argmax(1) == parity(symbols)).float().mean())
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(arm.measure(recipe, weights)))
+        partial.rename(kept)
         (beside / STATE_FILE).unlink(missing_ok=True)
-    kept.write_text(json.dumps(found))
-    return found
+    return json.loads(kept.read_text())
 
 
 def numbers_of(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -82,16 +71,18 @@ def table(by_seed: Sequence[Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def study(kinds: Sequence[str], seeds: Sequence[int], out: Path, *, rows: int) -> Path:
+def study(
+    kinds: Sequence[str], seeds: Sequence[int], out: Path, *, rows: int, arms: Sequence[str] | None = None
+) -> Path:
     """Train what is missing, and write `results.md` and a page of pictures per kind."""
     lines = [f"Seeds {', '.join(map(str, seeds))}."]
     for kind in kinds:
         facts = [numbers_of(trained(kind, seed, out, rows=rows)) for seed in seeds]
-        if kind == "adatape":
-            facts = [
-                one | numbers_of(parity_controls(seed, out), "control.") for one, seed in zip(facts, seeds, strict=True)
-            ]
         lines += ["", f"## {kind}", "", *table(facts)]
+        for name in ARMS[kind]:
+            if arms is None or name in arms:
+                lines += ["", f"### {kind}, held against {name}", ""]
+                lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
         saved = load_adaptive(out / f"{kind}-{seeds[0]}")
         trace = KINDS[kind].target(saved).trace(KINDS[kind].inputs(saved)[1][:SHOWN])
         write_pictures(out / f"{kind}.html", kind, [trace.picture(number) for number in range(len(trace))])
@@ -110,9 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--rows", type=int, default=64, help="rows of held-out text for duo-llm")
+    names = sorted({name for of_kind in ARMS.values() for name in of_kind})
+    parser.add_argument("--arms", nargs="*", choices=names, help="some of what they are held against; none: no names")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(study(options.kinds, options.seeds, options.out, rows=options.rows).read_text())
+    print(study(options.kinds, options.seeds, options.out, rows=options.rows, arms=options.arms).read_text())
 
 
 if __name__ == "__main__":

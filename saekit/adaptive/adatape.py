@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saekit.adaptive.block import Block, FeedForward, initialise
+from saekit.adaptive.adatape_inputs import EntryTokens, Pictures, Seen, Symbols
+from saekit.adaptive.block import Block, FeedForward, initialise, macs_of_block
 from saekit.adaptive.tape_reader import ReadingRule, Tape, TapeReader
 from saekit.adaptive.trace import DecisionTrace
-from saekit.errors import SaekitError, ShapeError
+from saekit.errors import SaekitError
 
 OPTIONS = ("go on", "halt")
 Bank = Literal["input", "learnt"]
@@ -27,19 +28,24 @@ Bank = Literal["input", "learnt"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaTapeConfig:
-    """Sizes of the model for sequences of symbols 1, 0 and -1.
+    """Sizes of the model, for sequences of symbols 1, 0 and -1 or for pictures.
 
     Attributes:
         length: of a sequence, which is also the number of entries of an input-driven bank.
+        picture: the height and width of pictures, which are then read in place of sequences.
+        coarse, fine: patches of pictures: the model's own tokens, and the entries of an input-driven bank.
         split: a key is this part of an entry (`width // split` channels).
         insert: the tape comes in before this block.
         bank: "input", made of the input's own symbols, or "learnt", the same `entries` for all.
         reads_input: False hides the sequence from the model's own token, so that only the tape carries it;
             a deviation from the paper, to see what the tape alone can do.
-        longest, tau, keeps_query, moves_query: see `ReadingRule`.
+        longest, tau, keeps_query, moves_query, chooses: see `ReadingRule`.
     """
 
     length: int = 16
+    picture: int | None = None
+    coarse: int = 5
+    fine: int = 1
     width: int = 64
     layers: int = 2
     heads: int = 4
@@ -54,18 +60,29 @@ class AdaTapeConfig:
     tau: float = 2.0
     keeps_query: bool = True
     moves_query: bool = True
+    chooses: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.insert < self.layers:
             raise SaekitError(f"insert={self.insert} is outside {self.layers} blocks; give 0 to {self.layers - 1}")
         self.rule  # noqa: B018  refuses now what it could not be then
+        self.seen  # noqa: B018  likewise
 
     @property
     def rule(self) -> ReadingRule:
         """How the tape is read."""
         return ReadingRule(
-            longest=self.longest, tau=self.tau, keeps_query=self.keeps_query, moves_query=self.moves_query
+            longest=self.longest,
+            tau=self.tau,
+            keeps_query=self.keeps_query,
+            moves_query=self.moves_query,
+            chooses=self.chooses,
         )
+
+    @property
+    def seen(self) -> Seen:
+        """What an input is cut into."""
+        return Symbols(self.length) if self.picture is None else Pictures(self.picture, self.coarse, self.fine)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,9 +118,12 @@ class AdaTape(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.embed = nn.Linear(3 * config.length, width)
+        self.seen = config.seen
+        self.embed = nn.Linear(self.seen.own_size, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.to_bank = nn.Linear(3, width)
+        self.to_bank = nn.Linear(self.seen.entry_size, width)
+        self.own_position = self.position_of(self.seen.n_own)
+        self.entry_position = self.position_of(self.seen.n_entries)
         self.learnt_bank = nn.Parameter(torch.zeros(config.entries, width)) if config.bank == "learnt" else None
         self.reader = TapeReader(width, width // config.split, config.rule)
         self.tape_map = FeedForward(width, config.ratio * width, gated=True)
@@ -119,14 +139,19 @@ class AdaTape(nn.Module):
         """The blocks, in their order."""
         return cast(list[TapeBlock], list(self.layers))
 
-    def forward(self, symbols: Float[Tensor, "batch length"]) -> AdaTapeRun:
-        """`symbols` are numbers, not token ids, and so may be shown to hooks that look for those."""
-        one_hot = self.check(symbols)
-        own = one_hot.flatten(1) if self.config.reads_input else torch.zeros_like(one_hot).flatten(1)
-        x = torch.cat([self.class_token.expand(len(symbols), -1, -1), self.embed(own)[:, None]], 1)
+    def position_of(self, rows: int) -> nn.Parameter | None:
+        """Learnt positions, where inputs have any."""
+        return nn.Parameter(torch.zeros(1, rows, self.config.width)) if self.seen.placed else None
+
+    def forward(self, inputs: Float[Tensor, "batch *size"]) -> AdaTapeRun:
+        """Sequences or pictures, as the config says; refused by `Seen` where they do not fit."""
+        own = self.seen.own(inputs)
+        tokens = self.embed(own if self.config.reads_input else torch.zeros_like(own))
+        tokens = tokens if self.own_position is None else tokens + self.own_position
+        x = torch.cat([self.class_token.expand(len(inputs), -1, -1), tokens], 1)
         for block in self.stack[: self.config.insert]:
             x = block(x)
-        tape = self.reader(x.mean(1), self.bank_of(one_hot))
+        tape = self.reader(x.mean(1), self.bank_of(inputs))
         n_own = x.shape[1]
         valid = self.valid(tape.running)
         x = torch.cat([x, self.tape_map(tape.tokens)], 1)
@@ -135,46 +160,25 @@ class AdaTape(nn.Module):
             x = block.with_tape(x, n_own, may_see=may_see)
         return AdaTapeRun(self.head(self.norm(x[:, 0])), tape)
 
-    def bank_of(self, one_hot: Float[Tensor, "batch length 3"]) -> Float[Tensor, "batch entries width"]:
-        """The candidates: of the input, without positions, or the learnt ones."""
+    def bank_of(self, inputs: Float[Tensor, "batch *size"]) -> Float[Tensor, "batch entries width"]:
+        """The candidates: of the input, or the learnt ones."""
         if self.learnt_bank is not None:
-            return self.learnt_bank.expand(len(one_hot), -1, -1)
-        return self.to_bank(one_hot)
-
-    def check(self, symbols: Float[Tensor, "batch length"]) -> Float[Tensor, "batch length 3"]:
-        """The symbols as one-hot vectors.
-
-        Raises:
-            ShapeError: sequences of another length.
-            SaekitError: a symbol other than 1, 0 and -1.
-        """
-        if symbols.shape[1] != self.config.length:
-            raise ShapeError(
-                f"sequences have {symbols.shape[1]} symbols, but this model reads {self.config.length}; give as many"
-            )
-        return one_hot_of(symbols)
+            return self.learnt_bank.expand(len(inputs), -1, -1)
+        bank = self.to_bank(self.seen.entries(inputs))
+        return bank if self.entry_position is None else bank + self.entry_position
 
     def macs(self, lengths: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Multiplications of inputs whose tapes are this long; what is masked counts as not computed."""
-        config, width = self.config, self.config.width
+        config, width, seen = self.config, self.config.width, self.seen
         feed, gated = 2 * config.ratio * width**2, 3 * config.ratio * width**2
-        n_entries = config.length if self.learnt_bank is None else config.entries
-        n, own = lengths.float(), 2.0
+        n_entries = seen.n_entries if self.learnt_bank is None else config.entries
+        n, own = lengths.float(), 1.0 + seen.n_own
         reading = n * (n_entries * (width // config.split) + config.rule.at_once * width) + n * gated
         with_tape = (own + n) * 4 * width**2 + 2 * width * (own + n).square() + own * feed + n * gated
         without = own * (4 * width**2 + feed) + 2 * width * own**2
-        ends = 3 * config.length * width + (config.length * 3 * width if self.learnt_bank is None else 0)
+        to_bank = seen.n_entries * seen.entry_size * width if self.learnt_bank is None else 0
         blocks = (config.layers - config.insert) * with_tape + config.insert * without
-        return blocks + reading + ends + width * config.classes
-
-
-def one_hot_of(symbols: Float[Tensor, "batch length"]) -> Float[Tensor, "batch length 3"]:
-    """Raises: SaekitError: a symbol other than 1, 0 and -1."""
-    known = torch.tensor([-1.0, 0.0, 1.0], device=symbols.device)
-    one_hot = symbols[..., None] == known
-    if not bool(one_hot.any(-1).all()):
-        raise SaekitError(f"there is a symbol {float(symbols[~one_hot.any(-1)][0]):g}; give 1, 0 and -1")
-    return one_hot.float()
+        return blocks + reading + seen.n_own * seen.own_size * width + to_bank + width * config.classes
 
 
 @torch.no_grad()
@@ -199,23 +203,27 @@ def trace_of(model: AdaTape, run: AdaTapeRun) -> DecisionTrace:
 
 
 class PlainTransformer(nn.Module):
-    """The control on sequences: a token per symbol with learnt positions, as many blocks, no tape."""
+    """The control: a token per entry with learnt positions, as many blocks, no tape."""
 
     def __init__(self, config: AdaTapeConfig, *, seed: int = 0):
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(3, config.width)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.position = nn.Parameter(torch.zeros(1, config.length, config.width))
+        self.tokens = EntryTokens(config.seen, config.width)
         inner = config.ratio * config.width
         self.layers = nn.ModuleList(Block(config.width, config.heads, inner) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.classes)
         initialise(self, seed=seed)
 
-    def forward(self, symbols: Float[Tensor, "batch length"]) -> Float[Tensor, "batch classes"]:
-        tokens = self.embed(one_hot_of(symbols)) + self.position
-        x = torch.cat([self.class_token.expand(len(symbols), -1, -1), tokens], 1)
+    def forward(self, inputs: Float[Tensor, "batch *size"]) -> Float[Tensor, "batch classes"]:
+        x = self.tokens(inputs)
         for block in self.layers:
             x = block(x)
         return self.head(self.norm(x[:, 0]))
+
+    @property
+    def macs(self) -> int:
+        """Multiplications of one input."""
+        seen, width = self.config.seen, self.config.width
+        block = macs_of_block(1 + seen.n_entries, width, self.config.ratio)
+        return self.config.layers * block + seen.n_entries * seen.entry_size * width + width * self.config.classes

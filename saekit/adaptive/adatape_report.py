@@ -41,7 +41,7 @@ def measure_adatape(model: AdaTape) -> dict[str, Any]:
         "tape_lengths": torch.bincount(length, minlength=clean.live.shape[1] + 1).tolist(),
         "mac_ratio": float(clean.mac_ratio.mean()),
         "accuracy_by_tape": _accuracy_by(clean, labels, length),
-        "rank_correlation_of_tape_with_ones": _rank_correlation(length, (symbols == 1).sum(1)),
+        "rank_correlation_of_tape_with_ones": rank_correlation(length, (symbols == 1).sum(1)),
         "forced_length_accuracy": forced,
         "frozen_query_accuracy": _frozen(model, symbols, labels),
         "swapped_tape_accuracy": _accuracy(swapped, labels),
@@ -53,8 +53,8 @@ def _accuracy(trace: DecisionTrace, labels: Int[Tensor, " n"]) -> float:
     return float((trace.more["logits"].argmax(1) == labels).float().mean())
 
 
-def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    """NaN where one of them is constant."""
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's; NaN where one of them is constant."""
     ranks = torch.stack([torch.from_numpy(rankdata(values.numpy())) for values in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 

@@ -104,6 +104,11 @@ class Block(nn.Module):
         return x + self.feed(self.norm2(x))
 
 
+def macs_of_block(tokens: int, width: int, ratio: int) -> int:
+    """Multiplications of a `Block` whose feed-forward is `ratio` times as wide."""
+    return (4 + 2 * ratio) * tokens * width**2 + 2 * tokens**2 * width
+
+
 def rotation_of(positions: Int[Tensor, " context"], d_head: int, *, base: float = 10_000.0) -> Rotation:
     """Angles of rotary position embeddings (Su et al., arXiv 2104.09864) for heads of `d_head` channels."""
     rates = base ** (-torch.arange(0, d_head, 2, device=positions.device) / d_head)

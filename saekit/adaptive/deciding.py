@@ -8,6 +8,7 @@ and attributions of this room ask of a model.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -35,15 +36,16 @@ class Step:
         content: what is computed with: the same tensor as everything else reads it, or, where the decider has one
             of its own (AdaTape's query), the tensor that it leaves alone.
         score: the scores `(batch, places)`, or `(batch, places, options)`, before they are compared.
-        decision: what was decided, `(batch, places)` by options' numbers; an edit here overrules.
+        decision: what was decided, `(batch, places)` by options' numbers; an edit here overrules. Both None where a
+            model weighs and nothing is decided once and for all (RIN's reading).
         readout: the score of option 1, where it is linear in `reads`; None where it is not.
         margin_of: the index of option 1 in the last dimension of `score`; None where there is no such dimension.
     """
 
     reads: Site
     content: Site
-    score: Site
-    decision: Site
+    score: Site | None
+    decision: Site | None
     readout: Readout | None = None
     margin_of: int | None = None
 
@@ -75,9 +77,24 @@ class DecidingTarget:
             SaekitError: a step that is not there, or whose decision is not free.
         """
         if not 0 <= number < len(self.steps):
-            free = f"they are 0 to {len(self.steps) - 1}" if self.steps else "it takes none, so patch its Sites instead"
-            raise SaekitError(f"step {number} of {self.target.name} has no free decision; {free}")
+            raise SaekitError(
+                f"step {number} of {self.target.name} has no free decision; they are 0 to {len(self.steps) - 1}"
+            )
         return self.steps[number]
+
+    def overruled(self, number: int, what: Literal["score", "decision"]) -> Site:
+        """Where a step's score is shifted, or its decision overruled.
+
+        Raises:
+            SaekitError: a step that is not there, or that only weighs.
+        """
+        site = getattr(self.step(number), what)
+        if site is None:
+            raise SaekitError(
+                f"step {number} of {self.target.name} weighs, and takes no decision that could be overruled; "
+                "patch its Sites, or take features from what it reads"
+            )
+        return site
 
     def option(self, name: str) -> int:
         """The number of an option.

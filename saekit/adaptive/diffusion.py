@@ -14,10 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saekit.adaptive.full_attention import FullAttention
 from saekit.adaptive.rin import RIN
 from saekit.errors import SaekitError
 
 Schedule = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
+Denoiser = RIN | FullAttention
+"""Takes pictures, gamma, one-hot labels and latents; gives the noise in the pictures, and latents."""
 _LEAST = 1e-9
 
 
@@ -43,7 +46,7 @@ def noised(x: Tensor, noise: Tensor, gamma: Float[Tensor, " batch"]) -> Tensor:
 
 
 def denoising_loss(
-    model: RIN,
+    model: Denoiser,
     images: Float[Tensor, "batch channels height width"],
     label: Float[Tensor, "batch classes"],
     *,
@@ -97,7 +100,7 @@ class Sampler(nn.Module):
         seen: of the last run, x_0 as each step saw it, `(steps, batch, channels, height, width)`.
     """
 
-    def __init__(self, model: RIN, sampling: Sampling, *, schedule: Schedule = cosine):
+    def __init__(self, model: Denoiser, sampling: Sampling, *, schedule: Schedule = cosine):
         super().__init__()
         self.model, self.sampling, self.schedule = model, sampling, schedule
         self.seen = torch.zeros(0)

@@ -17,6 +17,7 @@ from saekit.adaptive.duo_router import n_big
 
 GREEDY_ROWS = 4
 CHOICES = (1, 2, 4, 6)
+CHANCES = (0.0, 0.25, 0.5, 0.75, 1.0)
 HARD = 0.1
 
 
@@ -50,8 +51,61 @@ def measure_duo(model: DuoLLM, ids: Int[Tensor, "batch tokens"], *, seed: int = 
         **{f"budget_{b}": float(greedy(model, few, with_budget(routes, b)).nats.mean()) for b in (1, half)},
     }
     facts["controls"] = _controls(model, ids, nats[spent == half], routes[spent == half], seed)
+    facts["split_oracle"] = split_oracle(nats[spent == half], ids)
+    facts["nats_by_chance_of_big"] = {f"{chance:g}": nats_of_coins(model, ids, chance) for chance in CHANCES}
     facts["difficulty"] = _difficulty(nats, spent, best_of(nats[spent == half], routes[spent == half]).nats)
     return facts
+
+
+@torch.no_grad()
+def nats_of_coins(model: DuoLLM, ids: Int[Tensor, "batch tokens"], chance: float, *, seed: int = 0) -> float:
+    """Mean loss where every token takes big in every layer with this chance."""
+    coins = torch.rand(*ids.shape, model.config.layers, generator=torch.Generator().manual_seed(seed)) < chance
+    return float(next_token_nats(model(ids, coins.long()).logits, ids).mean())
+
+
+def split_oracle(
+    nats: Float[Tensor, "routes batch predicted"], ids: Int[Tensor, "batch tokens"], *, gram: int = 3
+) -> dict[str, float | int]:
+    """What an oracle's choice is worth where it has not seen the label: at the next place with the same tokens before.
+
+    For every place whose last `gram` tokens came before, the route is the best one for the place where they came
+    last. If routes fit contexts, and are not only selected by labels, that beats one fixed route for all. But text
+    repeats itself: where the same token follows, the other place had seen the label too, so that the places where
+    another one follows are also told apart (`another_label`).
+
+    Returns:
+        How many places there are, and nats per token over them: of the routes chosen elsewhere, of the best fixed
+        route, and of the oracle that sees the label.
+    """
+    last: dict[tuple[int, ...], int] = {}
+    here, there = [], []
+    width = nats.shape[2]
+    for row, tokens in enumerate(ids.tolist()):
+        for place in range(gram - 1, width):
+            context = tuple(tokens[place - gram + 1 : place + 1])
+            if context in last:
+                here.append(row * width + place)
+                there.append(last[context])
+            last[context] = row * width + place
+    if not here:
+        return {"places": 0}
+    labels, places = ids[:, 1:].flatten(), torch.tensor([here, there])
+    apart = places[:, labels[places[0]] != labels[places[1]]]
+    found = _chosen_elsewhere(nats.flatten(1), places)
+    if not apart.shape[1]:
+        return found
+    return found | {f"another_label_{name}": x for name, x in _chosen_elsewhere(nats.flatten(1), apart).items()}
+
+
+def _chosen_elsewhere(nats: Float[Tensor, "routes all"], places: Int[Tensor, "both n"]) -> dict[str, float | int]:
+    now, before = nats[:, places[0]], nats[:, places[1]]
+    return {
+        "places": places.shape[1],
+        "chosen_elsewhere": _chosen_by(before, now),
+        "best_fixed": float(now.mean(1).min()),
+        "oracle": float(now.min(0).values.mean()),
+    }
 
 
 def _budget_row(nats: Float[Tensor, "routes batch n"], routes: Tensor, budget: int) -> dict[str, Any]:

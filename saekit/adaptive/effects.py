@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saekit.adaptive.attribution import DecisionAttribution
 from saekit.adaptive.deciding import DecidingTarget
+from saekit.adaptive.harvest import harvest, live_only
 from saekit.adaptive.interventions import Replay, deciding
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
@@ -151,6 +152,24 @@ def against_random(
 def strongest(attribution: DecisionAttribution, *, count: int = 5) -> list[int]:
     """The features that move the score most, over all tokens."""
     return attribution.mean_size.topk(count).indices.tolist()
+
+
+def strongest_by_effect(
+    target: DecidingTarget, inputs: Tensor, sae: SAE, step: int, *, count: int = 5, candidates: int = 24
+) -> list[int]:
+    """The features whose ablation in the decision path changes most decisions, where a score is not linear.
+
+    Args:
+        inputs: not those on which the effect is to be reported: whoever comes out first here was lucky too.
+        candidates: how many are tried, of those that move what is read most (activation times decoder norm).
+    """
+    codes = sae.encode(live_only(harvest(target, inputs, step)).vectors)
+    size = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
+    size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= _FEWEST_ACTIVE)
+    tried = size.topk(min(candidates, int((size > 0).sum()))).indices.tolist()
+    clean = target.trace(inputs)
+    flipped = [effect_of(clean, trace_edited(target, inputs, sae, [one], step), step).flipped for one in tried]
+    return [tried[place] for place in torch.tensor(flipped).topk(min(count, len(tried))).indices.tolist()]
 
 
 def dose_response(

@@ -10,12 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from saekit.adaptive.attribution import attribute_decisions
+from saekit.adaptive.attribution import DecisionAttribution, attribute_decisions
 from saekit.adaptive.deciding import DecidingTarget
-from saekit.adaptive.effects import against_random, dose_response, effect_of, strongest, trace_edited
+from saekit.adaptive.effects import (
+    against_random,
+    dose_response,
+    effect_of,
+    strongest,
+    strongest_by_effect,
+    trace_edited,
+)
 from saekit.adaptive.harvest import harvest, live_only, train_decision_sae
-from saekit.errors import SaekitError
+from saekit.codes import SparseCodes
 from saekit.losses import fvu
+from saekit.sae import SAE
+
+# of the inputs that the SAE learns from, where features have to be tried out one by one
+SCREENED = 256
 
 
 def explain_step(
@@ -33,47 +44,64 @@ def explain_step(
 ) -> dict[str, Any]:
     """Facts of one step, on inputs that the SAE was not trained on.
 
-    Each feature has its share of the score (exact, where the score is linear in what is read), its effects along the
-    three paths, by dose, and its rank among features like it.
+    Where the score is linear in what is read, features are those that add most to it, and each has its exact share,
+    and its effects along the three paths. Where it is not (AdaTape, RIN), features are those whose ablation changes
+    most decisions on some of the inputs that the SAE was trained on: what is then measured on others is no product
+    of that choice. Each has its effects by dose and its rank among features like it.
 
     Raises:
-        SaekitError: a step whose score is not linear in what it reads, or without a free decision.
+        SaekitError: a step without a free decision, or too few features like a chosen one.
     """
-    if target.step(step).readout is None:
-        raise SaekitError(f"step {step} of {target.target.name} has no linear score to find features by; see `effects`")
+    here = target.step(step)
     sae = train_decision_sae(target, train_inputs, step, n_features=n_features, k=k, tokens=tokens, seed=seed)
     vectors = live_only(harvest(target, test_inputs, step)).vectors
-    attribution, codes = attribute_decisions(sae, vectors, target.steps[step]), sae.encode(vectors)
-    rates = codes.feature_counts() / len(vectors)
-    clean = target.trace(test_inputs)
-    found = []
-    for feature in strongest(attribution, count=features):
-        ranked = against_random(target, test_inputs, sae, codes, feature, step, count=controls)
-        content = trace_edited(target, test_inputs, sae, [feature], step, path="content")
-        both = trace_edited(target, test_inputs, sae, [feature], step, path="both")
-        doses = dose_response(target, test_inputs, sae, feature, step)
-        found.append(
-            {
-                "feature": feature,
-                "rate": float(rates[feature]),
-                "mean_added": float(attribution.mean_added[feature]),
-                "decision": asdict(ranked.effect),
-                "p": ranked.p,
-                "strongest_control": max(ranked.others),
-                "mean_control": sum(ranked.others) / len(ranked.others),
-                "both": asdict(effect_of(clean, both, step)),
-                "flipped_by_dose": {str(dose): effect.flipped for dose, effect in doses.items()},
-                "answers_changed_by_content_alone": _answers_changed(clean.more, content.more),
-            }
-        )
-    return {
+    codes, attribution = sae.encode(vectors), None
+    if here.readout is None:
+        chosen = strongest_by_effect(target, train_inputs[:SCREENED], sae, step, count=features)
+    else:
+        attribution = attribute_decisions(sae, vectors, here)
+        chosen = strongest(attribution, count=features)
+    facts: dict[str, Any] = {
         "step": step,
-        "site": str(target.steps[step].reads),
+        "site": str(here.reads),
         "sae": {"n_features": n_features, "k": k, "tokens": tokens, "seed": seed},
         "fvu": float(fvu(vectors, sae(vectors).detach())),
-        "error_share": attribution.error_share,
         "controls": controls,
-        "features": found,
+    }
+    if attribution is not None:
+        facts["error_share"] = attribution.error_share
+    found = [_facts_of(target, test_inputs, sae, codes, feature, step, controls) for feature in chosen]
+    for one in found if attribution is not None else ():
+        one |= _along_paths(target, test_inputs, sae, attribution, one["feature"], step)
+    return facts | {"features": found}
+
+
+def _facts_of(
+    target: DecidingTarget, inputs: Tensor, sae: SAE, codes: SparseCodes, feature: int, step: int, controls: int
+) -> dict[str, Any]:
+    ranked = against_random(target, inputs, sae, codes, feature, step, count=controls)
+    doses = dose_response(target, inputs, sae, feature, step)
+    return {
+        "feature": feature,
+        "rate": float(codes.feature_counts()[feature]) / codes.n_tokens,
+        "decision": asdict(ranked.effect),
+        "p": ranked.p,
+        "strongest_control": max(ranked.others),
+        "mean_control": sum(ranked.others) / len(ranked.others),
+        "flipped_by_dose": {str(dose): effect.flipped for dose, effect in doses.items()},
+    }
+
+
+def _along_paths(
+    target: DecidingTarget, inputs: Tensor, sae: SAE, attribution: DecisionAttribution, feature: int, step: int
+) -> dict[str, Any]:
+    clean = target.trace(inputs)
+    content = trace_edited(target, inputs, sae, [feature], step, path="content")
+    both = trace_edited(target, inputs, sae, [feature], step, path="both")
+    return {
+        "mean_added": float(attribution.mean_added[feature]),
+        "both": asdict(effect_of(clean, both, step)),
+        "answers_changed_by_content_alone": _answers_changed(clean.more, content.more),
     }
 
 

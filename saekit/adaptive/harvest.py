@@ -38,6 +38,8 @@ def harvest(
     for number, batch in enumerate(inputs.split(BATCH)):
         vectors = target.target.read(batch, [site])[site].float().cpu()
         live = target.trace(batch).live[:, step]
+        if live.shape != vectors.shape[:2]:  # who reads is not what is decided about: RIN's slots and patches
+            live = torch.ones(vectors.shape[:2], dtype=torch.bool)
         keep, ids = _kept(batch, live, tokens)
         row, place = keep.nonzero(as_tuple=True)
         parts.append(
@@ -83,7 +85,7 @@ def train_decision_sae(
 
 
 def _kept(batch: Tensor, live: Tensor, tokens: TokenMask) -> tuple[Tensor, Int[Tensor, "batch places"]]:
-    if batch.is_floating_point():  # pictures or numbers, which have no ids
+    if batch.is_floating_point() or batch.ndim < 2:  # pictures or numbers, which have no ids
         return torch.ones_like(live), torch.zeros(live.shape, dtype=torch.int64)
     rows = TokenRows.from_ids(batch, bos=tokens.bos, pad=tokens.pad)
     return tokens.policy.keep_tokens(rows, batch), batch

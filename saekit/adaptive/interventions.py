@@ -79,7 +79,7 @@ class Force:
         def edit(decision: Tensor) -> Tensor:
             return decision.masked_fill(self.where.chosen(decision), number)
 
-        return {target.step(step).decision: edit for step in self.where.steps_of(target)}
+        return {target.overruled(step, "decision"): edit for step in self.where.steps_of(target)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Flip:
             flipped = torch.where(number < 2, 1 - number, number).to(decision.dtype)
             return torch.where(self.where.chosen(decision), flipped, decision)
 
-        return {target.step(step).decision: edit for step in self.where.steps_of(target)}
+        return {target.overruled(step, "decision"): edit for step in self.where.steps_of(target)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Shift:
     def edits(self, target: DecidingTarget) -> Mapping[Site, Edit]:
         if self.amount == 0:
             raise SaekitError("Shift(0) changes nothing; give another amount")
-        return {target.step(step).score: self._edit(target, step) for step in self.where.steps_of(target)}
+        return {target.overruled(step, "score"): self._edit(target, step) for step in self.where.steps_of(target)}
 
     def _edit(self, target: DecidingTarget, step: int) -> Edit:
         column = target.step(step).margin_of
@@ -130,7 +130,7 @@ class Replay:
     trace: DecisionTrace
 
     def edits(self, target: DecidingTarget) -> Mapping[Site, Edit]:
-        return {step.decision: self._edit(number) for number, step in enumerate(target.steps)}
+        return {target.overruled(number, "decision"): self._edit(number) for number in range(len(target.steps))}
 
     def _edit(self, number: int) -> Edit:
         recorded = self.trace.decision[:, number]

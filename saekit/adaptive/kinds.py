@@ -33,6 +33,8 @@ from saekit.targets import Target
 CALIBRATION_ROWS = 64
 # of text, to learn features of deciders from and to test them on
 FEATURE_ROWS, TEST_ROWS = 800, 24
+# made by RIN, for the same
+PICTURES, TEST_PICTURES = 500, 100
 Weights = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -189,6 +191,6 @@ KINDS: Mapping[str, Kind] = {
         finish=_finish_rin,
         measure=lambda saved, rows: measure_rin(cast(RIN, saved.model), seed=int(saved.recipe.get("seed", 0))),
         target=lambda saved: rin_target(cast(RIN, saved.model)),
-        inputs=lambda saved: (torch.arange(200) % 10, torch.arange(50) % 10),
+        inputs=lambda saved: (torch.arange(PICTURES), torch.arange(PICTURES, PICTURES + TEST_PICTURES)),
     ),
 }

@@ -20,3 +20,10 @@ def patches_of(
             "resize or pad them"
         )
     return nn.functional.unfold(images, patch, stride=patch).transpose(1, 2)
+
+
+def picture_from(
+    patches: Float[Tensor, "batch patches pixels"], *, image: int, patch: int
+) -> Float[Tensor, "batch channels image image"]:
+    """The square pictures that `patches_of` cut up."""
+    return nn.functional.fold(patches.transpose(1, 2), (image, image), patch, stride=patch)

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saekit.adaptive.block import Attention, Block, FeedForward, initialise
-from saekit.adaptive.patches import patches_of
+from saekit.adaptive.patches import patches_of, picture_from
 from saekit.errors import SaekitError
 
 
@@ -174,9 +174,8 @@ class RIN(nn.Module):
         z = self.latents(gamma, label, z_prev)
         for block in self.stack:
             x, z = block(x, z)
-        noise = self.readout(self.norm(x)).transpose(1, 2)
-        size = (config.image, config.image)
-        return nn.functional.fold(noise, size, config.patch, stride=config.patch), self.z_final(z)
+        noise = self.readout(self.norm(x))
+        return picture_from(noise, image=config.image, patch=config.patch), self.z_final(z)
 
     def latents(self, gamma: Tensor, label: Tensor, z_prev: Tensor) -> Float[Tensor, "batch slots latent"]:
         """The initial latents: learnt, time and class, and what is carried over from the last step."""

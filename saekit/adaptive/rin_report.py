@@ -5,6 +5,7 @@ distances between sets of pictures are measured (Fréchet's, with the distance b
 as the floor).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.adaptive.diffusion import Sampler, Sampling
+from saekit.adaptive.diffusion import Denoiser, Sampler, Sampling
 from saekit.adaptive.digits import Digits, load_digits
 from saekit.adaptive.rin import RIN
 from saekit.errors import SaekitError
@@ -42,12 +43,25 @@ class Judge:
         return x
 
 
-@torch.no_grad()
+WAYS: Mapping[str, Mapping[str, Any]] = {"carried": {}, "reset": {"carries": False}, "ddpm": {"sampler": "ddpm"}}
+
+
 def measure_rin(model: RIN, *, seed: int) -> dict[str, Any]:
     """Facts on pictures of all classes, from the same noise for every way of carrying latents.
 
     eps_error_* are one step's errors of the predicted noise on unseen digits, without latents, with those of a first
     pass over the same picture, and with another example's.
+    """
+    facts = measure_pictures(model, seed=seed, ways=WAYS) | _eps_errors(model, load_digits(seed))
+    facts |= {"constant_macs": model.config.constant_macs, "macs_per_patch": model.config.macs_per_patch}
+    return facts | {"carry_scale": float(model.carry_out.weight.abs().mean())}
+
+
+@torch.no_grad()
+def measure_pictures(model: Denoiser, *, seed: int, ways: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """For each way of sampling: how often the judge sees the class that was asked for, and the distance to real digits.
+
+    distance_floor is that of one half of the real digits to the other.
     """
     digits = load_digits(seed)
     judge = Judge(digits)
@@ -60,13 +74,11 @@ def measure_rin(model: RIN, *, seed: int) -> dict[str, Any]:
         "judge_accuracy": float((judge.says(digits.test * 2 - 1) == digits.test_labels).float().mean()),
         "distance_floor": frechet(real[::2], real[1::2]),
     }
-    for name, how in {"carried": {}, "reset": {"carries": False}, "ddpm": {"sampler": "ddpm"}}.items():
-        made = Sampler(model, Sampling(steps=STEPS, **how))(noise, labels)
+    for name, how in ways.items():
+        made = Sampler(model.eval(), Sampling(steps=STEPS, **how))(noise, labels)
         facts[f"class_accuracy_{name}"] = float((judge.says(made) == labels).float().mean())
         facts[f"distance_{name}"] = frechet(judge.features(made), real)
-    facts |= _eps_errors(model, digits)
-    facts |= {"constant_macs": model.config.constant_macs, "macs_per_patch": model.config.macs_per_patch}
-    return facts | {"carry_scale": float(model.carry_out.weight.abs().mean())}
+    return facts
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,6 +89,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(spread_a + spread_b) - 2 * of_root)
 
 
+@torch.no_grad()
 def _eps_errors(model: RIN, digits: Digits) -> dict[str, float]:
     images, n = digits.test[:, None] * 2 - 1, len(digits.test)
     generator = torch.Generator().manual_seed(2)

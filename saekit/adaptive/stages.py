@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from saekit.errors import DataError, FileError
 from saekit.training.state_file import check_unfinished, optimizer_tensors, read_state, restore_optimizer, write_state
+from saekit.training.stop import RunStopped, StopRequested, StopSignals
 
 STATE_FILE = "adaptive_state.safetensors"
+_GO_ON = "the same command with --resume goes on from there"
 OnReport = Callable[[Mapping[str, Any]], None]
 
 
@@ -93,22 +95,33 @@ def train_stages(
     Raises:
         FileError: `resume` without a state, a state without `resume`, or a state of another recipe.
         DataError: a loss that is no longer finite.
+        RunStopped: SIGTERM or Ctrl-C came, and the state is in `out`.
     """
     path = check_unfinished(out / STATE_FILE, resume=resume)
     model = recipe.build()
     run = _Run(recipe, model, path)
     if resume:
         run.restore()
-    before = 0
-    for stage in recipe.stages:
-        if stage.name not in run.finished:
-            for step in run.steps_of(stage):
-                report = run.step(stage, step)
-                on_report({"stage": stage.name, "step": step + 1, "done": before + step + 1, **report})
-                if (step + 1) % save_every == 0:
-                    run.save(stage, step + 1)
-            run.finish(stage)
-        before += stage.steps
+    before, signals = 0, StopSignals()
+    with signals:
+        try:
+            for stage in recipe.stages:
+                if stage.name not in run.finished:
+                    with signals.held_back():
+                        steps = run.steps_of(stage)
+                    for step in steps:
+                        with signals.held_back():
+                            report = run.step(stage, step)
+                        on_report({"stage": stage.name, "step": step + 1, "done": before + step + 1, **report})
+                        if (step + 1) % save_every == 0:
+                            with signals.held_back():
+                                run.save()
+                    run.finish(stage)
+                before += stage.steps
+        except StopRequested as stop:
+            with signals.held_back():
+                run.save()
+            raise RunStopped(stop.signal, f"stopped {run.reached}, saved in {path}; {_GO_ON}") from None
     return run.finished
 
 
@@ -120,6 +133,7 @@ class _Run:
         self.built = _weights(model)
         self.finished: dict[str, dict[str, Tensor]] = {}
         self.resumed: tuple[str, int, dict[str, Tensor]] | None = None
+        self.place: tuple[str, int] = recipe.stages[0].name, 0  # behind what has been trained
         self.optimizer: torch.optim.Optimizer
 
     def steps_of(self, stage: Stage) -> range:
@@ -133,9 +147,11 @@ class _Run:
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+        self.place = stage.name, 0
         if self.resumed is None or self.resumed[0] != stage.name:
             return range(stage.steps)
         _, step, tensors = self.resumed
+        self.place = stage.name, step
         self.model.load_state_dict(_named(tensors, "model."))
         restore_optimizer(self.optimizer, "optimizer", tensors)
         return range(step, stage.steps)
@@ -155,17 +171,25 @@ class _Run:
                 f"the loss is {value} at step {step + 1} of {stage.name}; lower the learning rate "
                 f"(it is {stage.learning_rate:.2g})"
             )
+        self.place = stage.name, step + 1
         return {"loss": value, **report}
+
+    @property
+    def reached(self) -> str:
+        """How far it is, for people."""
+        stage, step = self.place
+        return f"after step {step:,} of the stage {stage}"
 
     def finish(self, stage: Stage) -> None:
         self.finished[stage.name] = _weights(self.model)
 
-    def save(self, stage: Stage, step: int) -> None:
+    def save(self) -> None:
+        stage, step = self.place
         tensors = {f"model.{name}": tensor for name, tensor in _weights(self.model).items()}
         tensors |= optimizer_tensors(self.optimizer, "optimizer")
         for done, weights in self.finished.items():
             tensors |= {f"finished.{done}.{name}": tensor for name, tensor in weights.items()}
-        facts = {"recipe": _facts(self.recipe), "stage": stage.name, "step": str(step)}
+        facts = {"recipe": _facts(self.recipe), "stage": stage, "step": str(step)}
         write_state(self.path, tensors, facts | {"finished": json.dumps(list(self.finished))})
 
     def restore(self) -> None:

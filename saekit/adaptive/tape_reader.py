@@ -36,12 +36,15 @@ class ReadingRule:
         tau: reading stops when the best weights add up to this.
         keeps_query: each query is the mean of the last one and the token read (`complex_query`); else the token.
         moves_query: False reads with the first query throughout; a control.
+        chooses: False reads entries in a random order that is the same for all inputs, with weights of their own;
+            a control.
     """
 
     longest: int = 8
     tau: float = 2.0
     keeps_query: bool = True
     moves_query: bool = True
+    chooses: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.tau <= self.longest:
@@ -127,9 +130,20 @@ class TapeReader(nn.Module):
         return Tape(tokens, runs, halts, totals, entries, weights, impurity)
 
     def read(self, query: Tensor, values: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best entries that were read least, their weights, and the token they make."""
+        """The best entries that were read least, their weights, and the token they make.
+
+        Once all have been read, those read again are any: 1e9 swallows the scores in float32, as in the released code.
+        """
         scores = self.scores((values[..., : self.d_key] @ query[..., None])[..., 0])
-        entries = (scores - 1e9 * used).topk(self.rule.at_once, dim=1).indices
+        entries = (self.liking(scores) - 1e9 * used).topk(self.rule.at_once, dim=1).indices
+        if not self.rule.chooses:  # best first, as everything that comes expects
+            entries = entries.gather(1, scores.gather(1, entries).argsort(1, descending=True))
         weights = (scores.gather(1, entries) / self.d_key**0.5).softmax(1)
         picked = values.gather(1, entries[..., None].expand(-1, -1, values.shape[2]))
         return entries, weights, self.token((weights[..., None] * picked).sum(1, keepdim=True))[:, 0]
+
+    def liking(self, scores: Tensor) -> Tensor:
+        """By what entries are chosen."""
+        if self.rule.chooses:
+            return scores
+        return torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(0)).to(scores).expand_as(scores)
