@@ -53,14 +53,14 @@ class Harvest:
         """What decides the stream; model and text by checksum."""
         weights = 0
         for weight in self.target.model.parameters():
-            weights = _checksum(weight.detach().flatten()[:_CHECKED_WEIGHTS].float(), weights)
+            weights = checksum(weight.detach().flatten()[:_CHECKED_WEIGHTS].float(), weights)
         return {
             "sites": " ".join(map(str, self.sites)),
             "model": self.target.name,
             "model_checksum": weights,
             "rows": len(self.rows),
             "context": self.rows.context,
-            "text_checksum": _checksum(self.rows.ids),
+            "text_checksum": checksum(self.rows.ids),
             "batch_rows": self.batch_rows,
             "buffer_tokens": self.buffer_tokens,
             **self.mask.as_dict(),
@@ -121,7 +121,7 @@ class TensorSource:
         return {
             "sites": str(self.site),
             "vectors": len(self.vectors),
-            "vectors_checksum": _checksum(self.vectors),
+            "vectors_checksum": checksum(self.vectors),
             "buffer_tokens": self.buffer_tokens,
         }
 
@@ -138,7 +138,8 @@ class TensorSource:
         return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed, start=start)
 
 
-def _checksum(tensor: Tensor, before: int = 0) -> int:
+def checksum(tensor: Tensor, before: int = 0) -> int:
+    """Differs where the numbers differ; `before` continues that of another tensor."""
     return crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), before)
 
 

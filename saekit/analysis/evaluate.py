@@ -11,7 +11,7 @@ zero and by its mean. Definitions, since tools differ:
     underused_fraction   features that fired, but under half as often as the Zipf line expects of their rank
     ce_*                 mean nats per predicted token; the SAE leaves masked tokens (BOS) as they were, the
                          two ablations replace every position, masked or not
-    ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean)
+    ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean); None where zeroing the Site does no harm
     ce_recovered_mean    the same against mean ablation, which is the harsher yardstick
     kl                   nats from the clean prediction to the spliced one, mean over predicted tokens
 
@@ -143,18 +143,12 @@ _NO_LOSSES: dict[str, Any] = {
 }
 
 
-def ce_recovered(*, clean: float, spliced: float, ablated: float) -> float:
+def ce_recovered(*, clean: float, spliced: float, ablated: float) -> float | None:
     """Share of the damage of an ablation that the SAE avoids: 1 is lossless, 0 as bad as the ablation.
 
-    Raises:
-        SaekitError: if the ablation does no damage, so that there is nothing to recover.
+    None if the ablation does no damage: the model does not need the Site on this text, and nothing can be recovered.
     """
-    if ablated <= clean:
-        raise SaekitError(
-            f"ablating the Site leaves the loss at {ablated:.4f} (clean {clean:.4f}); the model does not need this "
-            "Site, so recovered loss means nothing; choose another Site"
-        )
-    return (ablated - spliced) / (ablated - clean)
+    return (ablated - spliced) / (ablated - clean) if ablated > clean else None
 
 
 class _Reconstruction:
