@@ -45,8 +45,11 @@ def open_sae(
             text, if None.
 
     Raises:
-        SaekitError: if the folder does not say what the SAE belongs to and the caller does not either.
+        SaekitError: if the folder does not say what the SAE belongs to and the caller does not either, or `rows`
+            is less than 1.
     """
+    if rows is not None and rows < 1:
+        raise SaekitError(f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out")
     sae = load(folder, device=device)
     recorded = sae.cfg.metadata
     own_text = recorded.get("text")
@@ -61,7 +64,13 @@ def open_sae(
     is_own_text = settled["text"] == own_text
     if is_own_text:
         held_out_rows = recorded.get("held_out_rows", 160)
-        corpus = load_corpus(settled["text"], target.tokenizer, held_out_rows=held_out_rows, **reading)
+        corpus = load_corpus(
+            settled["text"],
+            target.tokenizer,
+            held_out_rows=held_out_rows,
+            max_documents=recorded.get("max_documents"),
+            **reading,
+        )
     else:
         read, documents = load_rows(settled["text"], target.tokenizer, **reading)
         corpus = _divided(read, documents, recorded)

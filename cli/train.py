@@ -283,6 +283,7 @@ def train_and_evaluate(
             text_checksum=checksum(corpus.train.ids),
             row_bos=command.row_bos == "yes",
             held_out_rows=command.held_out_rows,
+            **({} if command.max_documents is None else {"max_documents": command.max_documents}),
             **({"started_from": list(command.start)} if command.start else {}),
             mask=source.mask.as_dict(),
             **versions(),

@@ -114,6 +114,25 @@ def test_the_training_text_is_divided_as_in_training_under_any_name(place, tmp_p
     assert predicted[3] > 20 * 31  # all of another text
 
 
+def test_as_many_documents_are_read_again_as_training_read(place, tmp_path, capsys):
+    words = (place / "text.txt").read_text().split()
+    documents = [" ".join(words[start : start + 100]) for start in range(0, len(words), 100)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    arguments = train_arguments(place, tmp_path / "sae", "--max-documents", "30", "--json")
+    arguments[2] = str(text)
+    assert main(arguments) == 0
+    trained = facts_of(capsys)
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert facts_of(capsys)["ce_clean"] == trained["ce_clean"]
+
+
+@pytest.mark.parametrize("rows", ["0", "-5"])
+def test_no_rows_to_read_are_refused_before_a_model_is_loaded(capsys, rows):
+    assert main(["eval", "nowhere", "--rows", rows]) == 1
+    assert f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out" in capsys.readouterr().err
+
+
 def test_stability_compares_what_fires_and_without_rows_everything(place, tmp_path, capsys):
     for name, seed in (("a", "3"), ("b", "4")):
         assert main(train_arguments(place, tmp_path / name, "--seed", seed)) == 0

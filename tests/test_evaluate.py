@@ -210,7 +210,18 @@ def test_evaluation_changes_neither_sae_nor_model(rows, target):
     assert all(p.grad is None for p in sae.parameters())
 
 
+def test_rows_of_one_token_predict_nothing(rows, target):
+    short = TokenRows.from_ids(rows.ids[:, 1:2], bos=BOS, pad=PAD)
+    found = evaluate(sae_of(), target, short, SITE)
+    assert (found.predicted, found.ce_clean) == (0, None)
+
+
 # refusals
+
+
+def test_no_rows_are_refused(rows, target):
+    with pytest.raises(DataError, match=r"there are no rows to evaluate on; give at least one"):
+        evaluate(sae_of(), target, rows.select(slice(0)), SITE)
 
 
 def test_a_text_without_a_token_that_counts_is_refused(rows, target):

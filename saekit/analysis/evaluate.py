@@ -98,9 +98,11 @@ def evaluate(
             `loss_rows` more.
 
     Raises:
-        DataError: if every token is masked.
+        DataError: if there are no rows, or every token is masked.
         SaekitError: if `sae` is a transcoder that does not say which Site it writes.
     """
+    if len(rows) == 0:
+        raise DataError("there are no rows to evaluate on; give at least one")
     written = _written_site(sae, site)
     sites = (site,) if written == site else (site, written)
     harvest = Harvest(target=target, rows=rows, sites=sites, mask=mask, batch_rows=batch_rows)
@@ -268,6 +270,8 @@ def _language_losses(
         sums["kl"] += float(kl_div(log_probs["ce_sae"], log_probs["ce_clean"], log_target=True, reduction="sum"))
         predicted += int(wanted.sum())
         on_progress(len(ids))
+    if predicted == 0:  # rows of one token, or nothing but padding
+        return _NO_LOSSES
     means = {name: total / predicted for name, total in sums.items()}
     recovered = {
         name: ce_recovered(clean=means["ce_clean"], spliced=means["ce_sae"], ablated=means[ablation])
