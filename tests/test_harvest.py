@@ -111,6 +111,15 @@ def test_a_vector_that_is_not_finite_is_named(value):
 # the mask
 
 
+def test_rows_padded_before_their_end_are_refused():
+    ids = some_rows().ids
+    ids[2, :3] = PAD
+    with pytest.raises(DataError, match=r"row 2 has padding \(id 1\) at position 2 and a token behind it, which"):
+        harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=BOS, pad=PAD))
+    harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=BOS))
+    harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=PAD, pad=PAD))  # BOS stands anywhere
+
+
 def test_bos_and_padding_are_left_out_unless_asked_for():
     rows = some_rows()
     ids = rows.ids

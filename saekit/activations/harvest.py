@@ -30,6 +30,9 @@ class Harvest:
     Attributes:
         batch_rows: token rows per forward pass.
         buffer_tokens: vectors held for shuffling; rows are read in random order besides.
+
+    Raises:
+        DataError: rows with padding before their end.
     """
 
     target: Target
@@ -38,6 +41,9 @@ class Harvest:
     mask: MaskPolicy = MaskPolicy()
     batch_rows: int = 16
     buffer_tokens: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        self.rows.padded_at_end()
 
     @property
     def widths(self) -> dict[Site, int]:
