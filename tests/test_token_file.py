@@ -80,7 +80,7 @@ def test_the_last_rows_are_held_out(tmp_path):
         (IDS, {"longest": 5}, "has rows of 6 ids, but the model reads at most 5; save shorter rows, or one flat array"),
         (IDS.flatten()[:3], {}, "has 3 token ids, which is less than one context of 5; give more text or a smaller"),
         (IDS.flatten(), {"context": 1}, "less than one context of 1"),
-        (PADDED_FIRST, {}, "row 3 has padding (id 1) at position 1 and a token behind it, which would attend to it; put"),
+        (PADDED_FIRST, {}, "row 3 has padding (id 1) at position 1 and a token behind it, which would attend"),
         (IDS, {"max_documents": 3}, "has rows of ids, not documents; leave it out"),
     ],
 )  # fmt: skip

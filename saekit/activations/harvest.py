@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.buffer import Shuffled, SiteBatches
-from saekit.activations.mask import MaskPolicy
+from saekit.activations.mask import MaskPolicy, on_grid
 from saekit.activations.stream import READ_ORDER, START, Place, generator_for
 from saekit.activations.tokens import TokenRows
 from saekit.errors import DataError
@@ -98,8 +98,8 @@ def _addressed(
     site: Site, vectors: Tensor, chosen: Tensor, ids: Tensor, rows: TokenRows, mask: MaskPolicy
 ) -> ActivationBatch:
     """One row per token that counts, and per call where the Site stands for every call."""
-    calls = vectors.float().cpu()
-    calls = calls if site.call is None else calls[None]  # (calls, batch, context, d_model)
+    vectors = vectors.float().cpu()
+    calls = torch.stack([on_grid(call, ids, site) for call in (vectors if site.call is None else [vectors])])
     step, row, position = mask.keep(rows, ids, calls).nonzero(as_tuple=True)
     return ActivationBatch(
         vectors=calls[step, row, position],
