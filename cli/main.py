@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saekit {version('saekit')}")
         return 0
     try:
-        return parse(argv).run() or 0
+        command = parse(argv)
+        check_device(getattr(command, "device", "cpu"))
+        return command.run() or 0
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         # a run that was told to stop says by which signal
@@ -114,6 +116,27 @@ def parse(argv: Sequence[str]) -> Command:
         choices.append(Annotated[command, details])
     any_command: Any = Union[tuple(choices)]  # noqa: UP007
     return tyro.cli(any_command, prog="saekit", description=DESCRIPTION, args=argv, config=MARKERS)
+
+
+def check_device(name: str) -> None:
+    """Find out before any work that torch cannot compute there.
+
+    Raises:
+        SaekitError: no such device, or not on this machine.
+    """
+    if name == "cpu":  # which needs no import to tell
+        return
+    import torch
+
+    from saekit.errors import SaekitError
+    from saekit.targets.load import first_line
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert that there is none
+        raise SaekitError(
+            f"--device {name} cannot be used ({first_line(error)}); `saekit doctor` lists the devices of this machine"
+        ) from error
 
 
 if __name__ == "__main__":
