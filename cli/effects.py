@@ -60,15 +60,12 @@ class Effects:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
-        from saekit.errors import SaekitError
         from saekit.patching.corpus_effects import EffectSettings
         from saekit.patching.effects_file import keep_effects
         from saekit.patching.effects_run import EffectsRun, forget_unfinished, measure_effects
 
         from .opened import open_sae
 
-        if self.rows is not None and self.rows < 1:
-            raise SaekitError(f"--rows {self.rows} leaves nothing to read; give 1 or more, or leave it out")
         settings = EffectSettings(draws=self.draws, batch_rows=self.batch_rows, seed=self.seed)
         opened = open_sae(
             self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device

@@ -70,7 +70,7 @@ class Eval:
             self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device
         )
         evaluation = evaluate_with_progress(opened.sae, opened.target, opened.corpus.held_out, opened.site, opened.mask)
-        facts: dict[str, Any] = {"sae": str(self.sae), "site": str(opened.site), **evaluation.metrics()}
+        facts = {"sae": str(self.sae), "site": str(opened.site), **with_missing(evaluation.metrics())}
         write_facts(facts, as_json=self.json, text=lambda: metric_lines(facts))
         return 0
 
@@ -94,11 +94,18 @@ def evaluate_with_progress(
         )
 
 
+def with_missing(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics, and None for each that people look at and that there is none of here."""
+    return {**dict.fromkeys(SHOWN), **metrics}
+
+
 def metric_lines(metrics: Mapping[str, Any]) -> str:
     """The metrics that people look at, a line each."""
     lines = []
     for name, meaning in SHOWN.items():
         if metrics.get(name) is None:
+            if name.startswith("ce_recovered") and metrics.get("ce_clean") is not None:
+                lines.append((name, f"{'-':<18}{meaning}: ablation does no harm here"))
             continue
         value = f"{metrics[name]:.4f}"
         if name == "l0":

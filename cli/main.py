@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saekit {version('saekit')}")
         return 0
     try:
-        return parse(argv).run() or 0
+        command = parse(argv)
+        check_device(getattr(command, "device", "cpu"))
+        return command.run() or 0
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         # a run that was told to stop says by which signal
@@ -132,6 +134,27 @@ def _check_given_once(argv: Sequence[str]) -> None:
             f"{repeated} is there {flags.count(repeated)} times; give it once, with all its values after it if it "
             "takes several"
         )
+
+
+def check_device(name: str) -> None:
+    """Find out before any work that torch cannot compute there.
+
+    Raises:
+        SaekitError: no such device, or not on this machine.
+    """
+    if name == "cpu":  # which needs no import to tell
+        return
+    import torch
+
+    from saekit.errors import SaekitError
+    from saekit.targets.load import first_line
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert that there is none
+        raise SaekitError(
+            f"--device {name} cannot be used ({first_line(error)}); `saekit doctor` lists the devices of this machine"
+        ) from error
 
 
 if __name__ == "__main__":

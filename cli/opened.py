@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from saekit.activations.corpus import Corpus, load_corpus, load_rows
+from saekit.activations.harvest import checksum
 from saekit.activations.mask import MaskPolicy
+from saekit.activations.text import Document
+from saekit.activations.tokens import TokenRows
 from saekit.errors import SaekitError
 from saekit.loading import load
 from saekit.sae import SAE
@@ -22,6 +25,7 @@ class OpenedSAE:
     Attributes:
         text: what the corpus was read from.
         corpus: divided as in training; a text that the SAE was not trained on is held out as a whole.
+        is_own_text: whether that is what the SAE was trained on, by name or by content.
     """
 
     sae: SAE
@@ -30,6 +34,7 @@ class OpenedSAE:
     mask: MaskPolicy
     text: str
     corpus: Corpus
+    is_own_text: bool = True
 
 
 def open_sae(
@@ -42,8 +47,11 @@ def open_sae(
             text, if None.
 
     Raises:
-        SaekitError: if the folder does not say what the SAE belongs to and the caller does not either.
+        SaekitError: if the folder does not say what the SAE belongs to and the caller does not either, or `rows`
+            is less than 1.
     """
+    if rows is not None and rows < 1:
+        raise SaekitError(f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out")
     sae = load(folder, device=device)
     recorded = sae.cfg.metadata
     own_text = recorded.get("text")
@@ -53,15 +61,32 @@ def open_sae(
     context = sae.cfg.context_size or min(target.context or 256, 256)
     row_bos = recorded.get("row_bos", True)
     reading = {"context": context, "row_bos": row_bos, "longest": target.context, "vocabulary": target.vocabulary}
-    if settled["text"] == own_text:
+    is_own_text = settled["text"] == own_text
+    if is_own_text:
         held_out_rows = recorded.get("held_out_rows", 160)
-        corpus = load_corpus(settled["text"], target.tokenizer, held_out_rows=held_out_rows, **reading)
+        corpus = load_corpus(
+            settled["text"],
+            target.tokenizer,
+            held_out_rows=held_out_rows,
+            max_documents=recorded.get("max_documents"),
+            **reading,
+        )
     else:
-        unseen, documents = load_rows(settled["text"], target.tokenizer, **reading)
-        corpus = Corpus(train=unseen, held_out=unseen, train_documents=documents, held_out_documents=documents)
+        read, documents = load_rows(settled["text"], target.tokenizer, **reading)
+        corpus = _divided(read, documents, recorded)
+        is_own_text = corpus.train is not corpus.held_out
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
     mask = MaskPolicy(**recorded.get("mask", {}))
-    return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus)
+    return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus, is_own_text)
+
+
+def _divided(rows: TokenRows, documents: tuple[Document, ...], recorded: Mapping[str, Any]) -> Corpus:
+    """All of a text; or, if it opens with the rows of training, divided as there, whatever its name."""
+    n_train = recorded.get("train_rows", 0)
+    if not n_train or checksum(rows.ids[:n_train]) != recorded["text_checksum"]:
+        return Corpus(rows, rows, documents, documents)
+    held_out = rows.select(slice(n_train, n_train + recorded["held_out_rows"]))
+    return Corpus(rows.select(slice(n_train)), held_out, documents, documents)
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,11 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
             f"context={command.context:,}, but {target.name} reads at most {target.context:,} tokens; "
             "choose a context up to that"
         )
+    if command.held_out_rows < 1:
+        raise SaekitError(
+            f"held_out_rows={command.held_out_rows}: the SAE is evaluated on text that it was not trained on; "
+            "hold out at least 1 row"
+        )
     context = command.context or min(target.context or 256, 256)
     corpus = load_corpus(
         command.text,
@@ -247,12 +252,11 @@ def train_and_evaluate(
     starts: Sequence["SAE"] = (),
     run_file: "RunFile | None" = None,
 ) -> list[dict[str, Any]]:
-    """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
+    """Train, save, evaluate on the held-out rows; one dict of facts per SAE."""
+    from saekit.activations.harvest import checksum
     from saekit.checkpoint import check_writable
     from saekit.sae_config import with_metadata
     from saekit.training.loop import train
-
-    from .evaluate import evaluate_with_progress
 
     folders = [command.out if len(configs) == 1 else command.out / folder_of(c) for c in configs]
     for folder in folders:
@@ -271,32 +275,49 @@ def train_and_evaluate(
             ),
             run_file=run_file,
         )
-    facts = []
-    for sae, config, folder in zip(saes, configs, folders, strict=True):
-        evaluation = evaluate_with_progress(sae, target, corpus.held_out, config.site, source.mask)
-        metrics = evaluation.metrics()
+    for sae, folder in zip(saes, folders, strict=True):
         sae.cfg = with_metadata(
             sae.cfg,
             text=command.text,
+            train_rows=len(corpus.train),
+            text_checksum=checksum(corpus.train.ids),
             row_bos=command.row_bos == "yes",
             held_out_rows=command.held_out_rows,
+            **({} if command.max_documents is None else {"max_documents": command.max_documents}),
             **({"started_from": list(command.start)} if command.start else {}),
             mask=source.mask.as_dict(),
-            evaluation=metrics,
             **versions(),
         )
         sae.save(folder)
-        facts.append(
-            {
-                "sae": str(folder),
-                "site": read_and_written(config.site, config.site_out),
-                "rule": described(config),
-                **metrics,
-            }
-        )
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
-    return facts
+    return [
+        evaluate_saved(sae, target, corpus, config, source, folder)
+        for sae, config, folder in zip(saes, configs, folders, strict=True)
+    ]
+
+
+def evaluate_saved(
+    sae: "SAE", target: "Target", corpus: "Corpus", config: "TrainConfig", source: "Harvest", folder: Path
+) -> dict[str, Any]:
+    """The facts of an SAE that is safe in its folder, where its metrics are added."""
+    from saekit.errors import SaekitError
+    from saekit.sae_config import with_metadata
+
+    from .evaluate import evaluate_with_progress, with_missing
+
+    try:
+        metrics = evaluate_with_progress(sae, target, corpus.held_out, config.site, source.mask).metrics()
+    except SaekitError as error:
+        raise SaekitError(f"the SAE is saved in {folder}, but cannot be evaluated: {error}") from error
+    sae.cfg = with_metadata(sae.cfg, evaluation=metrics)
+    sae.save(folder)
+    return {
+        "sae": str(folder),
+        "site": read_and_written(config.site, config.site_out),
+        "rule": described(config),
+        **with_missing(metrics),
+    }
 
 
 def described(config: "TrainConfig") -> str:

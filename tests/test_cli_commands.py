@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from saekit.activations.text import Document
-from saekit.errors import FileError
+from saekit.errors import DataError, FileError
 from saekit.sae import SAE
 from saekit.selection import Threshold
 from saekit.targets import Target
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
+from saekit_cli import evaluate
 from saekit_cli.main import main
 from saekit_cli.output import Progress
 from saekit_cli.train import Train, train_configs
@@ -97,6 +98,39 @@ def test_eval_reads_no_more_rows_than_asked_and_none_that_training_saw(place, tm
     for asked, read in (("5", 5), ("100", 20)):
         assert main(["eval", str(tmp_path / "sae"), "--rows", asked, "--json"]) == 0
         assert facts_of(capsys)["predicted"] == read * 31
+
+
+def test_the_training_text_is_divided_as_in_training_under_any_name(place, tmp_path, capsys, monkeypatch):
+    assert main(train_arguments(place, tmp_path / "sae")) == 0
+    (tmp_path / "copy.txt").write_text((place / "text.txt").read_text())
+    (tmp_path / "other.txt").write_text("a few other words " * 400)
+    monkeypatch.chdir(place)
+    capsys.readouterr()
+    predicted = []
+    for text in (str(place / "text.txt"), "./text.txt", str(tmp_path / "copy.txt"), str(tmp_path / "other.txt")):
+        assert main(["eval", str(tmp_path / "sae"), "--text", text, "--json"]) == 0
+        predicted.append(facts_of(capsys)["predicted"])
+    assert predicted[:3] == [20 * 31] * 3
+    assert predicted[3] > 20 * 31  # all of another text
+
+
+def test_as_many_documents_are_read_again_as_training_read(place, tmp_path, capsys):
+    words = (place / "text.txt").read_text().split()
+    documents = [" ".join(words[start : start + 100]) for start in range(0, len(words), 100)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+    arguments = train_arguments(place, tmp_path / "sae", "--max-documents", "30", "--json")
+    arguments[2] = str(text)
+    assert main(arguments) == 0
+    trained = facts_of(capsys)
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert facts_of(capsys)["ce_clean"] == trained["ce_clean"]
+
+
+@pytest.mark.parametrize("rows", ["0", "-5"])
+def test_no_rows_to_read_are_refused_before_a_model_is_loaded(capsys, rows):
+    assert main(["eval", "nowhere", "--rows", rows]) == 1
+    assert f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out" in capsys.readouterr().err
 
 
 def test_stability_compares_what_fires_and_without_rows_everything(place, tmp_path, capsys):
@@ -227,6 +261,28 @@ def test_a_run_is_kept_until_its_sae_is_written(place, tmp_path, capsys, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
+def test_an_sae_is_there_even_if_it_cannot_be_evaluated(place, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise DataError("every token of the text is masked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_with_progress", fail)
+        assert main(train_arguments(place, tmp_path / "sae")) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == (
+        f"Error: the SAE is saved in {tmp_path / 'sae'}, but cannot be evaluated: every token of the text is masked"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+    assert main(["eval", str(tmp_path / "sae"), "--json"]) == 0
+    assert facts_of(capsys)["fvu"] > 0
+
+
+def test_an_ablation_that_does_no_harm_is_said_to_do_none():
+    metrics = {"tokens": 10, "predicted": 9, "ce_clean": 2.0, "ce_zero": 1.9}
+    assert evaluate.metric_lines(metrics).count("ablation does no harm here") == 2
+    assert "ce_recovered" not in evaluate.metric_lines({"tokens": 10, "predicted": 0})
+
+
 def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert main(train_arguments(place, tmp_path / "sae", "--dry-run", "--json")) == 0
     facts = facts_of(capsys)
@@ -313,6 +369,7 @@ def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, 
         (["--tokens", "10"], "raise tokens, or lower batch_tokens"),
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
+        (["--held-out-rows", "0"], "held_out_rows=0: the SAE is evaluated on text that it was not trained on; hold"),
         (["--rule", "feature", "--exponent", "20"], "choose a smaller exponent, a larger offset, or floor=1"),
         (["--save-every", "0"], "save_every=0: give at least 1 step, or leave it out"),
         (["--resume"], "sae.unfinished.safetensors; start without --resume"),

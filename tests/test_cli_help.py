@@ -32,6 +32,7 @@ class Bake:
     mode: Literal["slow", "fast"] = "slow"
     out: Path | None = None
     layers: tuple[int, ...] = (1,)
+    device: str = "cpu"
     vegan: bool = False
     config: Path | None = None
 
@@ -101,6 +102,14 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_fits(bake, arguments, e
 
 def test_a_refusal_is_one_line_on_stderr_and_exit_code_1(bake):
     assert bake("stone") == (1, "", "Error: no fruit called stone; use an apple\n")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_done(bake, device):
+    code, out, err = bake("crash", "--device", device)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"Error: --device {device} cannot be used (")
+    assert err.endswith("); `saekit doctor` lists the devices of this machine\n")
 
 
 def test_a_bug_keeps_its_traceback(bake):

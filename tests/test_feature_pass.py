@@ -11,6 +11,7 @@ from saekit.analysis.feature_pass import AddressedCodes, FeatureStatistics, meas
 from saekit.analysis.featured import interesting_features, logit_effects, windows
 from saekit.codes import SparseCodes
 from saekit.errors import DataError, ShapeError
+from saekit.selection import AbsTopK
 
 N_ROWS, CONTEXT, N_FEATURES = 9, 8, 6
 
@@ -89,6 +90,30 @@ def test_the_histogram_holds_every_activation_in_its_bin_however_late_the_larges
         expected = torch.bincount((values[values > 0] / width).long(), minlength=8)
         assert torch.equal(statistics.histogram[feature], expected)
         assert expected[4:].sum() > 0  # the bins fit the largest activation
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), cuts=st.lists(st.integers(0, N_ROWS * CONTEXT), max_size=6))
+def test_negative_activations_are_as_strong_as_they_are_far_from_zero(seed, cuts):
+    signs = torch.randint(0, 2, (N_ROWS * CONTEXT, N_FEATURES), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    dense, forwards = dense_activations(seed), torch.arange(N_ROWS * CONTEXT)
+    sizes = measure_features(in_batches(dense, cuts, forwards), n_bins=8, seed=seed)
+    signed = measure_features(in_batches(dense * signs, cuts, forwards), n_bins=8, seed=seed)
+    for name in ("active", "sum_of_squares", "max", "histogram", "bin_width", "l0_counts"):
+        assert torch.equal(getattr(signed.statistics, name), getattr(sizes.statistics, name)), name
+    torch.testing.assert_close(signed.statistics.sum, (dense * signs).double().sum(0))
+    for found, expected in ((signed.examples.top, sizes.examples.top), (signed.examples.sample, sizes.examples.sample)):
+        assert torch.equal(found.position, expected.position) and torch.equal(found.document, expected.document)
+        assert torch.equal(found.value.abs(), expected.value)
+
+
+def test_a_rule_by_size_can_be_measured():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    codes, tokens = AbsTopK(2)(x), torch.arange(40)
+    found = measure_features([(codes, tokens, tokens)]).statistics
+    assert (codes.values < 0).any()
+    assert torch.equal(found.max, codes.to_dense().abs().amax(0).double())
+    assert torch.equal(found.histogram.sum(1), found.active)
 
 
 @settings(max_examples=20, deadline=None)

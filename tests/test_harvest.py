@@ -13,7 +13,7 @@ from saekit.activations.buffer import Shuffled
 from saekit.activations.harvest import Harvest, TensorSource, take
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
-from saekit.errors import DataError, SaekitError
+from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.patching import TokenMask, run_with_cache_with_saes
 from saekit.sae import SAE
 from saekit.selection import TopK
@@ -108,7 +108,45 @@ def test_a_vector_that_is_not_finite_is_named(value):
     assert numbered(0, 2).check_finite(FIRST).document.tolist() == [0, 1]
 
 
+class Flattened(nn.Module):
+    """Hands all tokens on in one dimension, as experts do, and apart by heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts, self.heads = nn.Embedding(12, WIDTH), nn.Identity(), nn.Identity()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        self.experts(x.flatten(0, 1))
+        self.experts(2 * x.flatten(0, 1))
+        return self.heads(x.unflatten(-1, (2, -1)))
+
+
+def test_tokens_that_come_in_one_dimension_are_put_back_in_their_rows():
+    harvest = harvest_of(Flattened(), EMBED, Site.parse("experts@1"), Site.parse("experts@*"))
+    embedded = in_order(harvest, EMBED)
+    flat = in_order(harvest, Site.parse("experts@1"))
+    assert torch.equal(flat.vectors, 2 * embedded.vectors)
+    assert torch.equal(flat.document, embedded.document) and torch.equal(flat.position, embedded.position)
+    every = in_order(harvest, Site.parse("experts@*"))
+    assert torch.equal(every.vectors[every.step == 1].sort(0).values, flat.vectors.sort(0).values)
+
+
+def test_a_site_without_one_vector_per_token_is_refused():
+    with pytest.raises(ShapeError, match=r"heads:out gives vectors \(3, 6, 2\) for token ids \(3, 6\); choose a Site"):
+        in_order(harvest_of(Flattened(), Site.parse("heads")), Site.parse("heads"))
+
+
 # the mask
+
+
+def test_rows_padded_before_their_end_are_refused():
+    ids = some_rows().ids
+    ids[2, :3] = PAD
+    with pytest.raises(DataError, match=r"row 2 has padding \(id 1\) at position 2 and a token behind it, which"):
+        harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=BOS, pad=PAD))
+    harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=BOS))
+    harvest_of(stack(), FIRST, rows=TokenRows.from_ids(ids, bos=PAD, pad=PAD))  # BOS stands anywhere
 
 
 def test_bos_and_padding_are_left_out_unless_asked_for():

@@ -274,6 +274,8 @@ def test_resampling_revives_features_that_nothing_else_would(vectors):
         ({"anneal": AnnealK(2)}, r"cannot fall from 2 to 3 .*start at least at the rule's k"),
         ({"anneal": AnnealK(48)}, r"cannot fall from 48 to 3 on 48 features"),
         ({"then": ThenFeatureChoice(at=0.99)}, r"at=0\.99 of 20 steps leaves one of the two phases empty"),
+        ({"then": ThenFeatureChoice(cap=0.05)}, r"48 features on at most 0\.05 .* cannot spend k=3 on every"),
+        ({"then": ThenFeatureChoice(), "rule": FeatureChoice(3)}, r"is that from the start; begin with TopK or Mutual"),
         ({"then": ThenFeatureChoice(pool=1), "n_features": 1000}, r"pool of 1 batches of 256 tokens cannot grant"),
         (
             {"rule": FeatureChoice(3, exponent=4.0)},

@@ -475,6 +475,16 @@ def test_resuming_needs_a_run_and_a_run_needs_resuming(path):
     assert path.read_bytes() == before
 
 
+def test_a_run_goes_on_where_it_is_asked_to_not_where_it_was(path):
+    stop_at(2, path, [config()])
+    run = metadata_of(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    run["saes"][0]["device"] = "cuda:7"  # as files of version 1 once said
+    save_file(tensors, path, metadata={"run": json.dumps(run)})
+    (sae,) = train([config()], harvest(), device="cpu", run_file=RunFile(path=path, resume=True))
+    assert sae.b_dec.device.type == "cpu"
+
+
 def test_a_file_that_is_damaged_or_newer_or_something_else_is_refused(path):
     stop_at(2, path, [config()])
     whole, run = path.read_bytes(), metadata_of(path)

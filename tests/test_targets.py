@@ -162,6 +162,35 @@ def test_calls_of_a_looped_module_are_told_apart():
     assert torch.equal(got["core:in@*"], torch.stack([x, h1.relu(), h2.relu()]))
 
 
+class Repeated(nn.Module):
+    """A list that holds one block at several places, and another in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block, other = (nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+        self.layers = nn.ModuleList([block, other, block, block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_places_of_one_module_in_a_list_are_told_apart_by_its_calls():
+    target, x = Target.wrap(Repeated()), torch.ones(2, 4)
+    outputs = [x := layer(x) for layer in target.model.layers]
+    for name, place in (("layers.0", 0), ("layers.0@1", 2), ("layers.0@2", 3), ("layers.1", 1), ("layers.2@1", 2)):
+        site = Site.parse(name)
+        assert torch.equal(target.read(torch.ones(2, 4), [site])[site], outputs[place])
+    for name, right in (("layers.2", "layers.0:out@1"), ("layers.3.0:in", "layers.0.0:in@2")):
+        with pytest.raises(SaekitError, match=rf"would be its first call; the call that .* stands for is {right}$"):
+            target.read(torch.ones(2, 4), [Site.parse(name)])
+    assert target.middle_site() == Site("layers.1")
+    target.model.layers[1] = target.model.layers[0]
+    assert target.middle_site() == Site("layers.0", call=1)
+
+
 def test_the_pass_stops_after_the_call_that_was_asked_for():
     loop = Loop()
     calls = []

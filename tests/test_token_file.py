@@ -17,6 +17,9 @@ def tokenizer_of(**special: str) -> PreTrainedTokenizerFast:
 
 TOKENIZER = tokenizer_of(bos_token="w0", eos_token="w0", pad_token="w1")
 IDS = np.random.default_rng(0).integers(0, 40, (10, 6))
+IDS[IDS == 1] = 2
+PADDED_FIRST = IDS.copy()
+PADDED_FIRST[3, :2] = 1
 
 
 def rows_of(path, array, **options):
@@ -47,6 +50,12 @@ def test_padding_is_known_only_by_a_token_of_its_own(tmp_path, shared):
     assert load_rows(str(tmp_path / "ids.npy"), tokenizer, context=5)[0].pad is None
 
 
+def test_padding_at_the_end_of_rows_is_read(tmp_path):
+    padded = IDS.copy()
+    padded[3, 2:] = 1
+    assert torch.equal(rows_of(tmp_path, padded)[0].ids, torch.from_numpy(padded))
+
+
 def test_the_last_rows_are_held_out(tmp_path):
     np.save(tmp_path / "ids.npy", IDS)
     corpus = load_corpus(str(tmp_path / "ids.npy"), TOKENIZER, context=5, held_out_rows=3)
@@ -71,6 +80,7 @@ def test_the_last_rows_are_held_out(tmp_path):
         (IDS, {"longest": 5}, "has rows of 6 ids, but the model reads at most 5; save shorter rows, or one flat array"),
         (IDS.flatten()[:3], {}, "has 3 token ids, which is less than one context of 5; give more text or a smaller"),
         (IDS.flatten(), {"context": 1}, "less than one context of 1"),
+        (PADDED_FIRST, {}, "row 3 has padding (id 1) at position 1 and a token behind it, which would attend"),
         (IDS, {"max_documents": 3}, "has rows of ids, not documents; leave it out"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.buffer import Shuffled, SiteBatches
-from saekit.activations.mask import MaskPolicy
+from saekit.activations.mask import MaskPolicy, on_grid
 from saekit.activations.stream import READ_ORDER, START, Place, generator_for
 from saekit.activations.tokens import TokenRows
 from saekit.errors import DataError
@@ -30,6 +30,9 @@ class Harvest:
     Attributes:
         batch_rows: token rows per forward pass.
         buffer_tokens: vectors held for shuffling; rows are read in random order besides.
+
+    Raises:
+        DataError: rows with padding before their end.
     """
 
     target: Target
@@ -38,6 +41,9 @@ class Harvest:
     mask: MaskPolicy = MaskPolicy()
     batch_rows: int = 16
     buffer_tokens: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        self.rows.padded_at_end()
 
     @property
     def widths(self) -> dict[Site, int]:
@@ -53,14 +59,14 @@ class Harvest:
         """What decides the stream; model and text by checksum."""
         weights = 0
         for weight in self.target.model.parameters():
-            weights = _checksum(weight.detach().flatten()[:_CHECKED_WEIGHTS].float(), weights)
+            weights = checksum(weight.detach().flatten()[:_CHECKED_WEIGHTS].float(), weights)
         return {
             "sites": " ".join(map(str, self.sites)),
             "model": self.target.name,
             "model_checksum": weights,
             "rows": len(self.rows),
             "context": self.rows.context,
-            "text_checksum": _checksum(self.rows.ids),
+            "text_checksum": checksum(self.rows.ids),
             "batch_rows": self.batch_rows,
             "buffer_tokens": self.buffer_tokens,
             **self.mask.as_dict(),
@@ -92,8 +98,8 @@ def _addressed(
     site: Site, vectors: Tensor, chosen: Tensor, ids: Tensor, rows: TokenRows, mask: MaskPolicy
 ) -> ActivationBatch:
     """One row per token that counts, and per call where the Site stands for every call."""
-    calls = vectors.float().cpu()
-    calls = calls if site.call is None else calls[None]  # (calls, batch, context, d_model)
+    vectors = vectors.float().cpu()
+    calls = torch.stack([on_grid(call, ids, site) for call in (vectors if site.call is None else [vectors])])
     step, row, position = mask.keep(rows, ids, calls).nonzero(as_tuple=True)
     return ActivationBatch(
         vectors=calls[step, row, position],
@@ -121,7 +127,7 @@ class TensorSource:
         return {
             "sites": str(self.site),
             "vectors": len(self.vectors),
-            "vectors_checksum": _checksum(self.vectors),
+            "vectors_checksum": checksum(self.vectors),
             "buffer_tokens": self.buffer_tokens,
         }
 
@@ -138,7 +144,8 @@ class TensorSource:
         return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed, start=start)
 
 
-def _checksum(tensor: Tensor, before: int = 0) -> int:
+def checksum(tensor: Tensor, before: int = 0) -> int:
+    """Differs where the numbers differ; `before` continues that of another tensor."""
     return crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), before)
 
 

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.activations.tokens import TokenRows
+from saekit.errors import ShapeError
+from saekit.targets import Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,3 +56,19 @@ class MaskPolicy:
     def as_dict(self) -> dict[str, Any]:
         """For a config file."""
         return {"drop_bos": self.drop_bos, "drop_padding": self.drop_padding, "max_norm": self.max_norm}
+
+
+def on_grid(
+    vectors: Float[Tensor, "*tokens d_model"], ids: Int[Tensor, "batch context"], site: Site
+) -> Float[Tensor, "batch context d_model"]:
+    """One vector for each token id; some submodules work on the tokens of all rows in one dimension.
+
+    Raises:
+        ShapeError: not one vector per token.
+    """
+    lead = tuple(vectors.shape[:-1])
+    if lead not in (tuple(ids.shape), (ids.numel(),)):
+        raise ShapeError(
+            f"{site} gives vectors {lead} for token ids {tuple(ids.shape)}; choose a Site with one vector per token"
+        )
+    return vectors.reshape(*ids.shape, vectors.shape[-1])

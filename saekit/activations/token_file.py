@@ -30,8 +30,8 @@ def read_token_file(
 ) -> TokenRows:
     """The rows of an array of token ids.
 
-    BOS and padding are masked wherever they stand, as everywhere; padding counts as such if the tokenizer
-    has a token for it alone.
+    BOS and padding are masked, as everywhere; padding stands at the end of a row, and counts as such if the
+    tokenizer has a token for it alone.
 
     Args:
         context: tokens per row of a flat array; a rectangle has its own.
@@ -41,7 +41,8 @@ def read_token_file(
 
     Raises:
         FileError: no such file, or not an array of integers of one or two dimensions.
-        DataError: ids that the model does not know, rows longer than it reads, or less than one row.
+        DataError: ids that the model does not know, rows longer than it reads, less than one row, or padding
+            before the end of a row.
     """
     ids = _load(path)
     if ids.size == 0:
@@ -62,7 +63,7 @@ def read_token_file(
             f"{path} has rows of {rows.shape[1]:,} ids, but the model reads at most {longest:,}; "
             "save shorter rows, or one flat array"
         )
-    return TokenRows.from_ids(rows, bos=bos, pad=_pad_of(tokenizer))
+    return TokenRows.from_ids(rows, bos=bos, pad=_pad_of(tokenizer)).padded_at_end()
 
 
 def _load(path: Path) -> np.ndarray:

@@ -57,6 +57,24 @@ class TokenRows:
         """The same rows, fewer or in another order."""
         return replace(self, ids=self.ids[rows], source=self.source[rows], offset=self.offset[rows], end=self.end[rows])
 
+    def padded_at_end(self) -> "TokenRows":
+        """Self.
+
+        Raises:
+            DataError: padding with a token behind it, which would attend to it: models run without attention masks.
+        """
+        if self.pad is None or self.pad == self.bos:  # BOS stands anywhere
+            return self
+        is_pad = self.ids == self.pad
+        early = (is_pad[:, :-1] & ~is_pad[:, 1:]).nonzero()
+        if len(early):
+            row, position = early[0].tolist()
+            raise DataError(
+                f"row {row:,} has padding (id {self.pad}) at position {position:,} and a token behind it, which would "
+                "attend to it; put the padding at the end of each row"
+            )
+        return self
+
     @classmethod
     def from_ids(
         cls, ids: Int[Tensor, "rows context"], *, bos: int | None = None, pad: int | None = None

@@ -11,7 +11,7 @@ zero and by its mean. Definitions, since tools differ:
     underused_fraction   features that fired, but under half as often as the Zipf line expects of their rank
     ce_*                 mean nats per predicted token; the SAE leaves masked tokens (BOS) as they were, the
                          two ablations replace every position, masked or not
-    ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean)
+    ce_recovered         (ce_zero - ce_sae) / (ce_zero - ce_clean); None where zeroing the Site does no harm
     ce_recovered_mean    the same against mean ablation, which is the harsher yardstick
     kl                   nats from the clean prediction to the spliced one, mean over predicted tokens
 
@@ -98,9 +98,11 @@ def evaluate(
             `loss_rows` more.
 
     Raises:
-        DataError: if every token is masked.
+        DataError: if there are no rows, or every token is masked.
         SaekitError: if `sae` is a transcoder that does not say which Site it writes.
     """
+    if len(rows) == 0:
+        raise DataError("there are no rows to evaluate on; give at least one")
     written = _written_site(sae, site)
     sites = (site,) if written == site else (site, written)
     harvest = Harvest(target=target, rows=rows, sites=sites, mask=mask, batch_rows=batch_rows)
@@ -143,18 +145,12 @@ _NO_LOSSES: dict[str, Any] = {
 }
 
 
-def ce_recovered(*, clean: float, spliced: float, ablated: float) -> float:
+def ce_recovered(*, clean: float, spliced: float, ablated: float) -> float | None:
     """Share of the damage of an ablation that the SAE avoids: 1 is lossless, 0 as bad as the ablation.
 
-    Raises:
-        SaekitError: if the ablation does no damage, so that there is nothing to recover.
+    None if the ablation does no damage: the model does not need the Site on this text, and nothing can be recovered.
     """
-    if ablated <= clean:
-        raise SaekitError(
-            f"ablating the Site leaves the loss at {ablated:.4f} (clean {clean:.4f}); the model does not need this "
-            "Site, so recovered loss means nothing; choose another Site"
-        )
-    return (ablated - spliced) / (ablated - clean)
+    return (ablated - spliced) / (ablated - clean) if ablated > clean else None
 
 
 class _Reconstruction:
@@ -274,6 +270,8 @@ def _language_losses(
         sums["kl"] += float(kl_div(log_probs["ce_sae"], log_probs["ce_clean"], log_target=True, reduction="sum"))
         predicted += int(wanted.sum())
         on_progress(len(ids))
+    if predicted == 0:  # rows of one token, or nothing but padding
+        return _NO_LOSSES
     means = {name: total / predicted for name, total in sums.items()}
     recovered = {
         name: ce_recovered(clean=means["ce_clean"], spliced=means["ce_sae"], ablated=means[ablation])

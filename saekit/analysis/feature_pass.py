@@ -9,7 +9,9 @@ however the text is cut into batches and in whatever order they come (sums of fl
 * the usual examples are the entries with the N smallest hashes of their own address, which is a uniform
   sample of the tokens that a feature is active on, without a random generator to keep in step;
 * histogram bins are a power of two wide. When a stronger activation comes, they double, and neighbours
-  add up exactly.
+  add up exactly;
+* an activation is as strong as its size: rules that keep negative ones (`AbsTopK`, `relu=False`) give signed
+  values, ranked and binned by their distance from zero.
 """
 
 from collections.abc import Iterable
@@ -53,9 +55,9 @@ class FeatureStatistics:
         active: `(n_features,)` tokens the feature is active on.
         sum: `(n_features,)` of its activations.
         sum_of_squares: `(n_features,)` of its activations.
-        max: `(n_features,)` its largest activation; 0 if it never fired.
-        histogram: `(n_features, n_bins)` activations in `[i, i + 1) * bin_width`. The last bin that is not
-            empty lies in the upper half.
+        max: `(n_features,)` size of its largest activation; 0 if it never fired.
+        histogram: `(n_features, n_bins)` activations of sizes in `[i, i + 1) * bin_width`. The last bin that is
+            not empty lies in the upper half.
         bin_width: `(n_features,)` in units of activation; 0 if it never fired.
         l0_counts: `(largest + 1,)` how many tokens have 0, 1, 2, ... active features.
     """
@@ -91,7 +93,7 @@ class FeatureStatistics:
 
 @dataclass(frozen=True, slots=True)
 class ExampleTable:
-    """Up to `n` tokens for each feature, larger values first, then lower document, then lower position.
+    """Up to `n` tokens for each feature, stronger values first, then lower document, then lower position.
 
     Attributes:
         value: `(n_features, n)` activations; 0 where there are fewer examples.
@@ -211,10 +213,10 @@ class _Kept:
             kept[feature[order], place] = new[order]
 
     def table(self) -> ExampleTable:
-        """What was kept, by value."""
+        """What was kept, the strongest first."""
         order = torch.arange(self.value.numel(), device=self.value.device)
         row = order // max(self.value.shape[1], 1)
-        order = _lexsort(self.position.flatten(), self.document.flatten(), -self.value.flatten(), row)
+        order = _lexsort(self.position.flatten(), self.document.flatten(), -self.value.flatten().abs(), row)
         return ExampleTable(*(x.flatten()[order].view_as(x) for x in (self.value, self.document, self.position)))
 
 
@@ -263,28 +265,28 @@ class _Running:
         self.active.index_add_(0, feature, torch.ones_like(feature))
         self.sum.index_add_(0, feature, value)
         self.sum_of_squares.index_add_(0, feature, value.square())
-        self.max.scatter_reduce_(0, feature, value, "amax")
-        self._count_bins(feature, value)
+        self.max.scatter_reduce_(0, feature, value.abs(), "amax")
+        self._count_bins(feature, value.abs())
         l0 = torch.bincount(torch.bincount(token, minlength=batch.codes.n_tokens), minlength=len(self.l0_counts))
         l0[: len(self.l0_counts)] += self.l0_counts
         self.l0_counts = l0
         where = {"value": value, "document": document, "position": position}
-        self.top.offer(feature, score=value, distinct_rows=distinct_rows, **where)
+        self.top.offer(feature, score=value.abs(), distinct_rows=distinct_rows, **where)
         self.sample.offer(feature, score=_hash(feature, document, position, seed), distinct_rows=False, **where)
         if batch.labels is not None:
             counts = count_concepts(batch.codes, batch.labels, known=batch.known)
             self.concepts = counts if self.concepts is None else self.concepts + counts
 
-    def _count_bins(self, feature: Tensor, value: Tensor) -> None:
+    def _count_bins(self, feature: Tensor, size: Tensor) -> None:
         exponent = torch.where(self.max > 0, torch.frexp(self.max).exponent.long(), self.exponent)
         grown = (exponent > self.exponent).nonzero()[:, 0]
-        bins = torch.arange(self.histogram.shape[1], device=value.device)
+        bins = torch.arange(self.histogram.shape[1], device=size.device)
         merged = bins >> (exponent - self.exponent)[grown, None].clamp(max=62)
         old = self.histogram[grown]
         self.histogram[grown] = torch.zeros_like(old).scatter_add_(1, merged, old)
         self.exponent = exponent
         # exact: a power of two only moves the exponent
-        place = (value * torch.exp2(-exponent.double())[feature] * len(bins)).long()
+        place = (size * torch.exp2(-exponent.double())[feature] * len(bins)).long()
         ones = torch.ones_like(place)
         self.histogram.view(-1).index_add_(0, feature * len(bins) + place, ones)
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saekit.activations.mask import MaskPolicy
+from saekit.activations.mask import MaskPolicy, on_grid
 from saekit.activations.tokens import TokenRows, bos_of
-from saekit.errors import SaekitError, ShapeError
+from saekit.errors import SaekitError
 from saekit.targets import Site, Target
 from saekit.targets.passes import Passes
 
@@ -85,17 +85,12 @@ def grid_of(x: Tensor, site: Site, passes: Passes, mask: TokenMask) -> Grid:
         shape = (lead[0], math.prod(lead[1:])) if lead else (1, 1)
         ids = None
     else:
-        if math.prod(lead) != given.ids.numel() or (len(lead) > 1 and lead != given.ids.shape):
-            raise ShapeError(
-                f"{site} gives vectors {tuple(lead)} for token ids {tuple(given.ids.shape)}; "
-                "choose a Site with one vector per token"
-            )
         shape, ids = given.ids.shape, given.ids.to(x.device)
     keep = torch.ones(shape, dtype=torch.bool, device=x.device)
     if ids is not None:
         pad = mask.pad if given.attended is None else None
         rows = TokenRows.from_ids(ids, bos=mask.bos, pad=pad)
-        keep = mask.policy.keep(rows, ids, x.detach().float().reshape(*shape, x.shape[-1]))
+        keep = mask.policy.keep(rows, ids, on_grid(x.detach().float(), ids, site))
         if given.attended is not None and mask.policy.drop_padding:
             keep = keep & given.attended.to(x.device)
     elif mask.policy.max_norm is not None:

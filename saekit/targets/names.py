@@ -96,6 +96,24 @@ def find_blocks(model: nn.Module) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def first_name(model: nn.Module, path: str) -> tuple[str, int]:
+    """The first name of what a list holds at several places, and which call belongs to this one.
+
+    A list that holds one module three times runs it three times, and hooks see the calls, not the names. That a
+    model runs its list in order, each place once, is our assumption.
+    """
+    names, call, module = [], 0, model
+    for name in path.split("."):
+        siblings = list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+        module = module.get_submodule(name)
+        places = [place for place, sibling in enumerate(siblings) if sibling is module]
+        if len(places) > 1:
+            call = call * len(places) + places.index(int(name))
+            name = str(places[0])
+        names.append(name)
+    return ".".join(names), call
+
+
 def _find_hook(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> Place | None:
     """A TransformerLens model knows its own aliases; version 4 keeps `hook_resid_post` as nothing but one."""
     point = getattr(model, "hook_dict", {}).get(name)

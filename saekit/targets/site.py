@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from saekit.errors import SaekitError
-from saekit.targets.names import Side, find_place
+from saekit.targets.names import Side, find_place, first_name
 
 __all__ = ["Side", "Site"]
 
@@ -69,7 +69,14 @@ class Site:
 
         Raises:
             UnknownNameError: no such submodule or layer; it lists the closest names.
-            SaekitError: a name that fits several submodules, or a tensor that this model does not compute.
+            SaekitError: a name that fits several submodules, a tensor that this model does not compute, or a later
+                place of a list that holds one module at several, whose calls only @ tells apart.
         """
         module, side = find_place(model, self.module, self.side)
+        first, call = first_name(model, module)
+        if call and self.call == 0:
+            raise SaekitError(
+                f"{module} is {first} once more, and {self} would be its first call; "
+                f"the call that {module} stands for is {Site(first, side, call)}"
+            )
         return replace(self, module=module, side=side)

@@ -13,7 +13,7 @@ from saekit.errors import SaekitError, ShapeError
 from saekit.targets.calls import call_for
 from saekit.targets.facts import config_number
 from saekit.targets.load import first_line, load_language_model
-from saekit.targets.names import Place, find_blocks
+from saekit.targets.names import Place, find_blocks, first_name
 from saekit.targets.passes import Passes, watched
 from saekit.targets.site import Site
 from saekit.targets.taps import StopForward, Tap, evaluating, first_tensor, tapped
@@ -92,7 +92,9 @@ class Target:
         blocks = find_blocks(self.model)
         if blocks is None:
             raise SaekitError(f"{self.name} has no list of blocks to find the middle of; name a Site")
-        return Site(f"{blocks}.{(len(self.model.get_submodule(blocks)) - 1) // 2}")  # pyright: ignore[reportArgumentType]
+        middle = (len(self.model.get_submodule(blocks)) - 1) // 2  # pyright: ignore[reportArgumentType]
+        module, call = first_name(self.model, f"{blocks}.{middle}")
+        return Site(module, call=call)
 
     def width(self, site: Site) -> int:
         """Size of the last dimension at a Site, found by running the model on `example`.

@@ -69,6 +69,10 @@ class TrainConfig:
     bf16_screening: bool = False
 
     def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise SaekitError(f"batch_tokens={self.batch_tokens}: give at least 1 token for each step")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise SaekitError(f"learning_rate={self.learning_rate}: give a number above 0, or leave it out")
         if self.tokens < self.batch_tokens:
             raise SaekitError(
                 f"tokens={self.tokens:,} is less than one batch of {self.batch_tokens:,}; "
@@ -123,7 +127,17 @@ class TrainConfig:
                 f"{self.rule.smallest_batch(self.n_features):,} tokens, and the run has {self.tokens:,}; "
                 "choose a smaller exponent, a larger offset, floor=1, or a longer run"
             )
+        if self.then and isinstance(self.rule, FeatureChoice):
+            raise SaekitError(
+                f"then goes on under Feature Choice, and {self.rule} is that from the start; begin with TopK or "
+                "MutualChoice, or leave then away"
+            )
         if self.then and self.k is not None:
+            if self.k > self.then.cap * self.n_features:
+                raise SaekitError(
+                    f"in the second phase {self.n_features:,} features on at most {self.then.cap:g} of all tokens each "
+                    f"cannot spend k={self.k} on every token; choose a smaller k, or a larger cap"
+                )
             if not 0 < self.then.first_step(self.steps) < self.steps:
                 raise SaekitError(
                     f"at={self.then.at} of {self.steps:,} steps leaves one of the two phases empty; "

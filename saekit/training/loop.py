@@ -52,7 +52,7 @@ def train(
         configs: they may differ in Site and in everything that concerns one SAE, not in tokens,
             batch_tokens and seed, which decide the stream.
         start: an SAE per config whose weights training goes on with; new ones if not given.
-        device: where the SAEs are trained, wherever the source's vectors lie; a resumed run goes on where it was.
+        device: where the SAEs are trained, wherever the source's vectors lie and a resumed run was before.
         on_step: called after every step with the number of steps done and a report per config.
         run_file: where to save the run, so that it can go on if it ends early, and whether to go on. A run
             that goes on ends with the weights of one that was never interrupted, to the bit, where a seed
@@ -72,7 +72,7 @@ def train(
     cfgs = [_cfg(config, source, model_name, context_size) for config in configs]
     place, facts = START, {} if run_file is None else _facts(source, start)
     if run_file is not None and run_file.resume:
-        states, place = load_run(run_file.path, configs, cfgs, facts)
+        states, place = load_run(run_file.path, configs, cfgs, facts, device=device)
         ahead = Ahead(cast(ResumableSource, source).stream(first.batch_tokens, seed=first.seed, start=place))
     else:
         if run_file is not None:

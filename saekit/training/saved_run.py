@@ -80,7 +80,6 @@ def save_run(path: Path, states: Sequence[TrainState], place: Place, source: Map
                 "density_weight": state.density.weight,
                 "demand_weight": state.demand.weight,
                 "pooled": state.pooled,
-                "device": str(state.sae.b_dec.device),
                 "rules": {name: describe_rule(rule) for name, rule in _rules(state).items()},
             }
             for state in states
@@ -90,12 +89,18 @@ def save_run(path: Path, states: Sequence[TrainState], place: Place, source: Map
 
 
 def load_run(
-    path: Path, configs: Sequence[TrainConfig], cfgs: Sequence[SAEConfig], source: Mapping[str, Any]
+    path: Path,
+    configs: Sequence[TrainConfig],
+    cfgs: Sequence[SAEConfig],
+    source: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[TrainState], Place]:
-    """The states of a saved run, each on the device that it was on, and the place where its stream goes on.
+    """The states of a saved run, and the place where its stream goes on.
 
     Args:
         source: the facts of the source that the run is to go on with.
+        device: where to go on, wherever the run was before.
 
     Raises:
         FileError: if the file is damaged or newer, or was saved by a run of other settings; the message names
@@ -116,7 +121,7 @@ def load_run(
     _check_same(path, run, configs, source)
     states = []
     for n, (config, cfg, saved) in enumerate(zip(configs, cfgs, run["saes"], strict=True)):
-        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"]))
+        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"], device))
     return states, Place(**run["place"])
 
 
@@ -146,8 +151,8 @@ def _restored(
     tensors: Mapping[str, Tensor],
     saved: Mapping[str, Any],
     step: int,
+    device: torch.device | str,
 ) -> TrainState:
-    device = saved["device"]
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     scales = {name: saved[name] for name in ("input_scale", "output_scale")}
     state = TrainState.blank(config, cfg, **scales, device=device)

@@ -328,7 +328,7 @@ function exampleRow(feature, example) {
   const where = [example.source, `row ${example.document}, token ${example.start + example.peak}`];
   if (example.alike) where.push(`${example.alike} more alike`);
   return el("div", { class: "example" },
-    el("div", { class: "strength" }, number(example.value), el("i", { style: `width:${Math.min(100, (100 * example.value) / feature.max)}%` })),
+    el("div", { class: "strength" }, number(example.value), el("i", { style: `width:${Math.min(100, (100 * Math.abs(example.value)) / feature.max)}%` })),
     code, el("div", { class: "where" }, where.filter(Boolean).join(" · ")));
 }
 
@@ -336,11 +336,11 @@ function tokenSpan(feature, example, place) {
   const id = example.tokens[place];
   const value = example.values[place] ?? 0;
   const classes = ["t"];
-  if (value > 0) classes.push("on");
+  if (value !== 0) classes.push("on");
   if (place === example.peak) classes.push("peak");
   if (data.special.includes(id)) classes.push("special");
   const span = el("span", { class: classes.join(" ") });
-  if (value > 0) span.style.setProperty("--a", (0.12 + 0.7 * Math.min(1, value / feature.max)).toFixed(3));
+  if (value !== 0) span.style.setProperty("--a", (0.12 + 0.7 * Math.min(1, Math.abs(value) / feature.max)).toFixed(3));
   const pieces = readable(tokenText(id)).split("\n");
   pieces.forEach((piece, i) => {
     if (i) span.append(el("span", { class: "sign" }, "⏎"), el("span", { class: "break" }, "\n"));
