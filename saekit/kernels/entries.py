@@ -19,6 +19,7 @@ from saekit.kernels.dots import dots
 from saekit.kernels.largest import stable_order
 from saekit.kernels.reference import row_of_entry
 from saekit.kernels.select import Selection
+from saekit.kernels.threads import ranges, side_by_side
 
 # features of a gradient that are summed at a time, to be copied from the cache
 _BLOCK_ROWS = 512
@@ -86,12 +87,15 @@ def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, 
     if not memory.is_large(weight) or x.dtype != weight.dtype:
         return _weighted_rows(tokens, grad, starts, x)
     out = memory.gradient_of(weight)
-    bounds = starts[::_BLOCK_ROWS].tolist()
-    for block, (first, end) in enumerate(zip(bounds, [*bounds[1:], len(tokens)], strict=True)):
-        rows = slice(block * _BLOCK_ROWS, (block + 1) * _BLOCK_ROWS)
-        inside = starts[rows.start : rows.stop + 1] - first
-        if len(inside) > 1:
-            out[rows] = _weighted_rows(tokens[first:end], grad[first:end], inside, x)
+
+    def fill(part: slice) -> None:
+        for first in range(part.start, part.stop, _BLOCK_ROWS):
+            rows = slice(first, min(first + _BLOCK_ROWS, part.stop))
+            inside = starts[rows.start : rows.stop + 1]
+            own = slice(int(inside[0]), int(inside[-1]))
+            out[rows] = _weighted_rows(tokens[own], grad[own], inside - own.start, x)
+
+    side_by_side(fill, ranges(weight))
     return out
 
 
