@@ -65,6 +65,14 @@ def test_each_part_has_a_thread_of_torch_and_the_modes_of_the_caller(inference):
     assert found == [(part, 1, False, inference) for part in parts]
 
 
+def test_many_threads_share_few_ranges_which_are_not_divided_again():
+    rows = torch.zeros(64, 4)
+    with torch_threads(9):
+        parts = ranges(rows)
+        assert len(parts) == 4
+        assert side_by_side(lambda part: (torch.get_num_threads(), len(ranges(rows))), parts) == [(2, 1)] * 4
+
+
 def test_what_goes_wrong_in_a_part_reaches_the_caller():
     def fail(part: slice) -> None:
         raise ValueError(f"in {part.start}")

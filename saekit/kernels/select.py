@@ -7,7 +7,7 @@ index `token * n_features + feature`, exactly as a stable sort of the whole matr
 Selection has no gradient; `entries.encode_entries` attaches it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from types import ModuleType
 from typing import NamedTuple
@@ -77,10 +77,11 @@ def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: boo
             kept.append((_at(block, tokens, features), features))
         return kept
 
-    return _same_number_per_row(*_joined(side_by_side(largest, ranges(x))), k, len(x))
+    scores, features = _joined(side_by_side(largest, ranges(x)))
+    return _same_number_per_row(scores, features, k, len(x))
 
 
-def _joined(parts: list[list[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
+def _joined(parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
     """What blocks of several parts have found, one after the other."""
     return map(torch.cat, zip(*chain.from_iterable(parts), strict=True))
 
@@ -124,7 +125,8 @@ def top_of_groups(x: Tensor, w_enc: Tensor, b_enc: Tensor, n_groups: int) -> Sel
             kept.append((block.gather(1, features).flatten(), features.flatten()))
         return kept
 
-    return _same_number_per_row(*_joined(side_by_side(largest, ranges(x))), n_groups, len(x))
+    scores, features = _joined(side_by_side(largest, ranges(x)))
+    return _same_number_per_row(scores, features, n_groups, len(x))
 
 
 def _same_number_per_row(scores: Tensor, features: Tensor, k: int, n_tokens: int) -> Selection:
@@ -188,18 +190,18 @@ def _candidates_by(
     cut = _guess_cut(sample, share)
     prepared = by.Columns.of(w_enc, b_enc)
 
-    def reaching(part: slice) -> list[tuple[Tensor, Tensor] | None]:
-        found: list[tuple[Tensor, Tensor] | None] = []
+    def reaching(part: slice) -> list[tuple[Tensor, Tensor]] | None:
+        found = []
         for block in _blocks_of(part, len(w_enc)):
             rows = x[block]
             above = by.products_above(rows, prepared, cut, expected=int(share * len(rows) * len(w_enc)) + 1)
             if above is None:
-                return [None]
+                return None
             found.append(((above[0] + block.start) * len(w_enc) + above[1], above[2]))
         return found
 
-    parts = side_by_side(reaching, ranges(x))
-    if any(None in found for found in parts):
+    parts = [found for found in side_by_side(reaching, ranges(x)) if found is not None]
+    if len(parts) < len(ranges(x)):
         return None
     positions, scores = _joined(parts)
     return positions, scores
