@@ -80,7 +80,7 @@ def _columns(features: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     return stable_order(features, n_features), starts
 
 
-def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`out[f]` = sum of `grad[i] * x[tokens[i]]` over the entries of feature `f`, a row of `weight`."""
     order, starts = _columns(features, len(weight))
     tokens, grad = tokens[order], grad[order]
@@ -140,7 +140,7 @@ class _EncodeEntries(torch.autograd.Function):
             grad_x = _weighted_rows(features, grad, row_starts, w_enc)
         if need_w:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), w_enc)
+            grad_w = weight_gradient(grad, tokens, features, x.contiguous(), w_enc)
         if need_b:
             grad_b = grad.new_zeros(len(w_enc)).index_add_(0, features, grad)
         return grad_x, grad_w, grad_b, None, None, None, None
@@ -162,5 +162,5 @@ class _DecodeRows(torch.autograd.Function):
             grad_values = dots(grad, w_dec, features, row_starts)
         if ctx.needs_input_grad[3]:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(values, tokens, features, grad, w_dec)
+            grad_w = weight_gradient(values, tokens, features, grad, w_dec)
         return grad_values, None, None, grad_w

@@ -2,7 +2,7 @@
 
 Equal to `project_decoder_gradient`, `clip_grad_norm_`, `torch.optim.Adam(fused=True)` and `normalise_decoder`
 in turn, but for the order in which the norm of the gradient is summed. Those pass over weights, gradients and
-moments a dozen times; on a CPU all of it waits for memory.
+moments a dozen times, and all of it waits for memory.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saekit.kernels import backend
 from saekit.kernels.threads import ranges, side_by_side
 
 # elements of a block: weight, gradient and two moments together fit the cache of one core
@@ -40,6 +41,10 @@ def descend(optimizer: torch.optim.Optimizer, *, lr: float, clip: float, unit_ro
 def _square_of_gradient(parameter: Tensor, *, project: bool) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
+    if _by_triton(parameter):
+        from saekit.kernels import triton_descent
+
+        return triton_descent.project(parameter, gradient, along=project)
 
     def squares(part: slice) -> Tensor:
         total = gradient.new_zeros(())
@@ -60,6 +65,14 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, fact
     state["step"] += 1
     gradient = parameter.grad
     assert gradient is not None
+    if _by_triton(parameter):
+        from saekit.kernels import triton_descent
+
+        triton_descent.adam(
+            parameter, gradient, state["exp_avg"], state["exp_avg_sq"], factor=factor, lr=group["lr"],
+            betas=group["betas"], eps=group["eps"], step=state["step"], normalise=normalise,
+        )  # fmt: skip
+        return
 
     def move(part: slice) -> None:
         for weight, grad, mean, square in _blocks(part, parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
@@ -84,6 +97,13 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, fact
                 weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_(min=1e-12))
 
     side_by_side(move, ranges(torch.atleast_1d(parameter)))
+
+
+def _by_triton(parameter: Tensor) -> bool:
+    """Whether the kernels, which read whole rows of float32, take this parameter and its gradient."""
+    tensors = parameter, parameter.grad
+    rows = parameter.ndim == 2 and all(t is not None and t.is_contiguous() for t in tensors)
+    return rows and parameter.dtype == torch.float32 and backend.uses_triton(parameter.device)
 
 
 def _blocks(part: slice, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
