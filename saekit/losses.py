@@ -7,11 +7,12 @@ arXiv 2411.02124; the formula is our reconstruction.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, dead, expected_density, underused, zipf_fit
@@ -36,7 +37,24 @@ def normalised_mse(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n
 
 def summed_mse(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, ""]:
     """Mean over tokens of squared error summed over dimensions."""
-    return (x - x_hat).square().sum(1).mean()
+    return _SummedMSE.apply(x, x_hat)
+
+
+class _SummedMSE(torch.autograd.Function):
+    """By hand, since autograd would keep and visit several tensors of this size where one will do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor):
+        error = x_hat - x
+        ctx.save_for_backward(error)
+        return torch.linalg.vector_norm(error).square() / len(error)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        (error,) = ctx.saved_tensors
+        slope = error * (2 * grad / len(error))
+        return -slope if ctx.needs_input_grad[0] else None, slope
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +65,13 @@ class AuxK:
         weight: of the loss beside the main one.
         k_aux: features asked per token; None is half of d_model.
         dead_after: tokens without firing that make a feature dead; None lets the training run decide.
+        bf16: see `AuxZipf`.
     """
 
     weight: float = 1 / 32
     k_aux: int | None = None
     dead_after: int | None = None
+    bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +92,8 @@ class AuxZipf:
         shrink: count the loss less where fewer features than `k_aux` take part, so that a few do not dominate.
         claim: "token": each token takes its `k_aux` strongest members. "feature": each member takes as many
             of its strongest tokens as its density is behind the curve, at least one.
+        bf16: make this loss and its gradient from numbers rounded to bfloat16, on CPUs where that is fast. The main
+            loss and what is kept of the codes stay exact.
     """
 
     weight: float = 1 / 32
@@ -83,6 +105,7 @@ class AuxZipf:
     most_members: float = 0.5
     shrink: bool = True
     claim: Literal["token", "feature"] = "token"
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.below <= 1 and 0 < self.most_members <= 1):
@@ -116,7 +139,12 @@ def aux_k_loss(
 def only_the_dead(options: AuxK) -> AuxZipf:
     """The options under which `aux_zipf_loss` is `aux_k_loss`."""
     return AuxZipf(
-        weight=options.weight, k_aux=options.k_aux, dead_after=options.dead_after, below=0.0, most_members=1.0
+        weight=options.weight,
+        k_aux=options.k_aux,
+        dead_after=options.dead_after,
+        below=0.0,
+        most_members=1.0,
+        bf16=options.bf16,
     )
 
 
@@ -148,7 +176,7 @@ def aux_zipf_loss(
         residual = x - sae.decode(codes, x) if residual is None else residual
     what = Unexplained(prepared, scale, residual.detach(), codes)
     if options.claim == "token":
-        unexplained = explain_by_token(members, what, k_aux)
+        unexplained = explain_by_token(members, what, k_aux, bf16=options.bf16)
     else:
         expected = curve_density(density.density, options.curve)
         behind = (options.below * expected - density.density)[members.features]

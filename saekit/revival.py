@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saekit.codes import SparseCodes
+from saekit.kernels import backend
 from saekit.kernels.entries import decode_rows, encode_entries
 from saekit.kernels.largest import kth_largest, largest_of_rows
 from saekit.kernels.select import Selection, top_of_columns, top_of_rows
+from saekit.kernels.threads import ranges, side_by_side
 from saekit.sae import SAE
 
 # from this share of members per token on, dense products are faster; measured on a CPU with AVX-512
@@ -70,8 +72,11 @@ class Unexplained(NamedTuple):
     codes: SparseCodes
 
 
-def explain_by_token(members: Members, what: Unexplained, k: int) -> Float[Tensor, ""]:
+def explain_by_token(members: Members, what: Unexplained, k: int, *, bf16: bool = False) -> Float[Tensor, ""]:
     """Each token takes its `k` strongest members.
+
+    Args:
+        bf16: round what dense products read and give to bfloat16, where that is fast; sums are float32 in them.
 
     Returns:
         squared error of the attempt, over the squared distance of the residual from its mean; 0 where it has none.
@@ -84,9 +89,8 @@ def explain_by_token(members: Members, what: Unexplained, k: int) -> Float[Tenso
         return _relative(_sparse_error(members, what, picked), what.residual)
     tokens, places = _taken(members, what.codes)
     weights = members.encoder, members.b_enc, members.decoder
-    return _relative(
-        _DenseError.apply(*weights, what.prepared, what.scale, what.residual, tokens, places, k), what.residual
-    )
+    bf16 = bf16 and what.residual.device.type == "cpu" and backend.has_fast_bf16()
+    return _relative(_DenseError.apply(*weights, what, tokens, places, k, bf16), what.residual)
 
 
 def explain_by_feature(members: Members, what: Unexplained, claims: Int[Tensor, " members"]) -> Float[Tensor, ""]:
@@ -143,55 +147,66 @@ class _DenseError(torch.autograd.Function):
         encoder: Tensor,
         b_enc: Tensor,
         decoder: Tensor,
-        prepared: Tensor,
-        scale: Tensor | None,
-        residual: Tensor,
+        what: Unexplained,
         tokens: Tensor,
         places: Tensor,
         k: int,
+        bf16: bool,
     ):
-        total = residual.new_zeros(())
-        grads = [torch.zeros_like(weight) for weight in (encoder, b_enc, decoder)]
-        for part, first, end in _token_blocks(len(residual), len(encoder), tokens):
-            values = torch.addmm(b_enc, prepared[part], encoder.T)
-            _keep_largest_(values, k)
-            values[tokens[first:end] - part.start, places[first:end]] = 0
-            active = values > 0
-            if scale is not None:
-                values.mul_(scale[part])
-            error = torch.addmm(residual[part], values, decoder, beta=-1)
-            total += error.square().sum()
-            if any(ctx.needs_input_grad):
-                slope = (error @ decoder.T).mul_(active)
-                if scale is not None:
-                    slope.mul_(scale[part])
-                grads[0].addmm_(slope.T, prepared[part])
-                grads[1].add_(slope.sum(0))
-                grads[2].addmm_(values.T, error)
-        ctx.save_for_backward(*grads)
-        return total
+        weights = encoder, b_enc, decoder
+        needs_gradients = any(ctx.needs_input_grad)
+        narrow = Tensor.bfloat16 if bf16 else Tensor.contiguous
+        reads, bias, writes = map(narrow, weights)
+
+        def of(part: slice) -> tuple[Tensor, list[Tensor]]:
+            total, grads = what.residual.new_zeros(()), [torch.zeros_like(weight) for weight in weights]
+            for block, first, end in _token_blocks(part, len(encoder), tokens):
+                x = narrow(what.prepared[block])
+                values = torch.addmm(bias, x, reads.T).to(encoder.dtype)
+                _keep_largest_(values, k)
+                values[tokens[first:end] - block.start, places[first:end]] = 0
+                scale = None if what.scale is None else what.scale[block]
+                values = narrow(values if scale is None else values.mul_(scale))
+                error = (values @ writes).to(encoder.dtype).sub_(what.residual[block])
+                total += error.square().sum()
+                if needs_gradients:
+                    error = narrow(error)
+                    # nothing goes through entries that are not active
+                    slope = torch.ops.aten.threshold_backward(error @ writes.T, values, 0.0)
+                    slope = slope if scale is None else slope.mul_(scale)
+                    grads[0] += slope.T @ x
+                    grads[1] += slope.sum(0)
+                    grads[2] += values.T @ error
+            return total, grads
+
+        totals, grads = zip(*side_by_side(of, ranges(what.residual)), strict=True)
+        ctx.save_for_backward(*(torch.stack(parts).sum(0) for parts in zip(*grads, strict=True)))
+        return torch.stack(totals).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
-        return *(2 * grad * slope for slope in ctx.saved_tensors), *[None] * 6
+        return *(2 * grad * slope for slope in ctx.saved_tensors), *[None] * 5
 
 
-def _token_blocks(n_tokens: int, n_members: int, tokens: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Slices of tokens, and which of the rising `tokens` lie in them."""
+def _token_blocks(part: slice, n_members: int, tokens: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """A range of tokens in slices, and which of the rising `tokens` lie in them."""
     rows = max(1, _BLOCK_ELEMENTS // max(1, n_members))
-    starts = torch.arange(0, n_tokens + rows, rows, device=tokens.device)
-    bounds = torch.searchsorted(tokens, starts).tolist()
-    for number, (first, end) in enumerate(pairwise(bounds)):
-        yield slice(number * rows, min(n_tokens, (number + 1) * rows)), first, end
+    edges = [*range(part.start, part.stop, rows), part.stop]
+    bounds = torch.searchsorted(tokens, torch.tensor(edges, device=tokens.device)).tolist()
+    for (start, first), (stop, end) in pairwise(zip(edges, bounds, strict=True)):
+        yield slice(start, stop), first, end
 
 
 def _keep_largest_(values: Tensor, k: int) -> None:
     """Set to zero what is not among the `k` largest of its row, or not positive."""
-    if k < values.shape[1]:
-        below = values < kth_largest(values, k)[:, None]
-        if int(below.sum()) != len(values) * (values.shape[1] - k):  # equals at the cut: the first of them
+    # a cut decides something only where more than k are positive
+    crowded = ((values > 0).sum(1) > k).nonzero()[:, 0]
+    if len(crowded):
+        chosen = values[crowded]
+        below = chosen < kth_largest(chosen, k)[:, None]
+        if int(below.sum()) != len(chosen) * (chosen.shape[1] - k):  # equals at the cut: the first of them
             below.fill_(True)
-            below[largest_of_rows(values, torch.full((len(values),), k, device=values.device))] = False
-        values.masked_fill_(below, 0)
+            below[largest_of_rows(chosen, torch.full((len(chosen),), k, device=chosen.device))] = False
+        values[crowded] = chosen.masked_fill_(below, 0)
     values.relu_()

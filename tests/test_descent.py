@@ -9,8 +9,10 @@ from test_kernels import LargestTensor
 from torch import Tensor, nn
 
 from benchmarks.speed.ours import DefinitionSAE
+from saekit import losses
 from saekit.kernels import backend, entries, memory, select
 from saekit.losses import AuxZipf
+from saekit.revival import Members, Unexplained
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, TopK
 from saekit.targets import Site
@@ -113,22 +115,41 @@ def test_no_tensor_of_a_whole_step_holds_all_pairs(rule, auxiliary, screens, mon
     assert traced <= n_tokens * n_features  # a byte per pair, where float32 takes four
 
 
+def explained_plainly(members: Members, what: Unexplained, k: int, *, bf16: bool = False) -> Tensor:
+    """`explain_by_token` as it is defined, dense and under autograd."""
+    pre_acts = what.prepared @ members.encoder.T + members.b_enc
+    strongest = pre_acts.detach().argsort(dim=1, descending=True, stable=True)[:, : min(k, pre_acts.shape[1])]
+    kept = torch.zeros_like(pre_acts).scatter_(1, strongest, 1.0)
+    free = what.codes.to_dense().detach()[:, members.features] == 0
+    attempt = (pre_acts.relu() * kept * free) @ members.decoder
+    return (what.residual - attempt).square().sum() / (what.residual - what.residual.mean(0)).square().sum()
+
+
 @pytest.mark.parametrize(
     "rule", [TopK(4), MutualChoice(4), FeatureChoice(4), FeatureChoice(4, exponent=0.7, floor=1)], ids=repr
 )
-def test_200_steps_have_the_loss_curve_of_the_definition(rule):
+def test_200_steps_have_the_loss_curve_of_the_definition(rule, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(64, 16, generator=generator)
     data = (torch.rand(8, 128, 64, generator=generator) < 0.05).float() @ truth
     config = TrainConfig(
-        site=Site("toy"), rule=rule, n_features=64, tokens=128 * 400, batch_tokens=128, warmup=0.1, auxiliary=None
-    )
+        site=Site("toy"), rule=rule, n_features=64, tokens=128 * 400, batch_tokens=128, warmup=0.1,
+        auxiliary=AuxZipf(dead_after=1000),
+    )  # fmt: skip
 
-    def curve(kind: type[SAE]) -> Tensor:
+    def curve(kind: type[SAE]) -> tuple[Tensor, Tensor]:
         state = TrainState.start(config, data.flatten(0, 1))
         state.sae.__class__ = kind
-        return torch.stack([train_step(state, data[step % 8]).loss.detach() for step in range(200)])
+        reports = []
+        for step in range(200):
+            # whatever the rule, so that there are some to revive
+            state.density.tokens_since_fired[::9] = 1 << 40
+            reports.append(train_step(state, data[step % 8]))
+        return torch.stack([r.loss.detach() for r in reports]), torch.stack([r.auxiliary.detach() for r in reports])
 
-    ours, definition = curve(SAE), curve(DefinitionSAE)
+    ours, revived = curve(SAE)
+    monkeypatch.setattr(losses, "explain_by_token", explained_plainly)
+    definition, _ = curve(DefinitionSAE)
+    assert (revived > 0).sum() > 150
     assert definition[-1] < 0.5 * definition[0]
     assert ((ours - definition).abs() / definition).max() < 1e-3

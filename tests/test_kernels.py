@@ -177,7 +177,8 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        # sparse ones have no storage of their own; what they are made of passes by here too
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
         self.elements = max([self.elements, *(t.untyped_storage().nbytes() // t.itemsize for t in tensors)])
         return out
 

@@ -5,10 +5,15 @@ import torch
 from test_kernels import LargestTensor, assert_close, leaf, ragged
 from torch import Tensor
 
-from saekit.kernels import backend, entries, reference, select, triton_encode, triton_rows
+from saekit.kernels import backend, entries, reference, select, triton_encode, triton_reconstruct, triton_rows
 from saekit.kernels.select import Selection
 from saekit.kernels.triton_encode import Columns
+from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.targets import Site
+from saekit.training import descent
+from saekit.training.config import TrainConfig
+from saekit.training.step import TrainState, train_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = pytest.mark.parametrize("row_lengths", [[3, 3, 3], [0, 7, 1], [0, 0, 4, 0], [0], [], [20, 20]], ids=str)
@@ -129,3 +134,59 @@ def test_the_dense_product_is_never_written():
             rule.encode(x, w, b)
         assert largest.elements <= 600 * 1200 / 6
     assert select.BLOCK_ELEMENTS > 600 * 1200  # which the plain path would have used
+
+
+@TYPES
+@WIDTHS
+@ROWS
+def test_reconstruction_and_its_gradients_are_those_of_the_reference(row_lengths, d_model, dtype, tolerance):
+    case = {name: tensor.to(DEVICE) for name, tensor in ragged(row_lengths, d_model, dtype).items()}
+    places = case["features"], case["row_starts"]
+    values = torch.rand(len(places[0]), device=DEVICE).to(dtype)
+    bias = torch.linspace(-1, 1, d_model, dtype=torch.float64, device=DEVICE).to(dtype)
+    mine = [leaf(tensor) for tensor in (values, case["w"], bias)]
+    plain = [leaf(tensor.double()) for tensor in (values, case["w"], bias)]
+    loss, error = triton_reconstruct.reconstruct(mine[0], *places, mine[1], mine[2], case["x"])
+    want = reference.decode_rows(plain[0], *places, plain[1]) + plain[2] - case["x"].double()
+    assert_close(error, want, tolerance)
+    assert not error.requires_grad
+    squares = want.square().sum() / max(1, len(want))
+    torch.testing.assert_close(loss.double(), squares.detach(), rtol=tolerance, atol=tolerance)
+    (3 * loss).backward()
+    (3 * squares).backward()
+    for ours, theirs in zip(mine, plain, strict=True):
+        assert_close(ours.grad, theirs.grad, tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 48, 130])
+def test_the_end_of_a_step_is_that_of_plain_torch(width, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.nn.functional.normalize(torch.randn(9, width, generator=generator), dim=1).to(DEVICE)
+    mine, plain = torch.nn.Parameter(weights.clone()), torch.nn.Parameter(weights.clone())
+    optimizers = [torch.optim.Adam([p], lr=9.0, betas=(0.9, 0.999), eps=6.25e-10) for p in (mine, plain)]
+    for step in range(3):
+        grad = torch.randn(9, width, generator=generator).to(DEVICE)
+        grad[4] = 0.0  # a feature that nobody chose still moves
+        for parameter, optimizer, runs in ((mine, optimizers[0], True), (plain, optimizers[1], False)):
+            monkeypatch.setattr(backend, "uses_triton", lambda device, runs=runs: runs)
+            parameter.grad = grad.clone()
+            descent.descend(optimizer, lr=0.01 * (step + 1), clip=0.5, unit_rows=parameter)
+    torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(optimizers[0].state[mine][name], optimizers[1].state[plain][name])
+
+
+def test_steps_of_training_are_those_of_the_plain_path(monkeypatch):
+    vectors = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    config = TrainConfig(site=Site("toy"), rule=TopK(4), n_features=40, tokens=600, batch_tokens=60)
+
+    def trained(runs: bool) -> tuple[torch.Tensor, SAE]:
+        monkeypatch.setattr(backend, "uses_triton", lambda device: runs)
+        state = TrainState.start(config, vectors)
+        reports = [train_step(state, vectors) for _ in range(3)]
+        return torch.stack([report.fvu for report in reports]), state.sae
+
+    (fvu, ours), (plain_fvu, theirs) = trained(True), trained(False)
+    torch.testing.assert_close(fvu, plain_fvu)
+    for mine, plain in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)

@@ -23,11 +23,12 @@ RULES: dict[str, Callable[[int], SelectionRule]] = {
     "feature": FeatureChoice,
     "feature_zipf": partial(FeatureChoice, exponent=1.0, offset=3.0, floor=1),
 }
+EXTRAS = ("", "+aux", "+aux16", "+screen", "+aux+screen", "+aux16+screen")
 LAST_STEP = 1_000
 
 
 def contenders() -> list[str]:
-    return ["reference_topk", *(f"{rule}{extra}" for extra in ("", "+aux", "+screen", "+aux+screen") for rule in RULES)]
+    return ["reference_topk", *(rule + extra for extra in EXTRAS for rule in RULES)]
 
 
 def build(name: str, size: Size, sample: Tensor) -> Step:
@@ -35,8 +36,9 @@ def build(name: str, size: Size, sample: Tensor) -> Step:
     if name == "reference_topk":
         return _reference(size, sample)
     rule, *extras = name.split("+")
-    state = start(RULES[rule](size.k), size, sample, auxiliary="aux" in extras, screens="screen" in extras)
-    if "aux" not in extras:
+    auxiliary = AuxZipf(bf16="aux16" in extras) if {"aux", "aux16"} & set(extras) else None
+    state = start(RULES[rule](size.k), size, sample, auxiliary=auxiliary, screens="screen" in extras)
+    if auxiliary is None:
         return lambda batch: void(train_step(state, batch))
     dead = dead_features(size).to(sample.device)
     on_the_line = _zipf_densities(size, sample.device)
@@ -51,14 +53,16 @@ def build(name: str, size: Size, sample: Tensor) -> Step:
     return step
 
 
-def start(rule: SelectionRule, size: Size, sample: Tensor, *, auxiliary: bool, screens: bool = False) -> TrainState:
+def start(
+    rule: SelectionRule, size: Size, sample: Tensor, *, auxiliary: AuxZipf | None, screens: bool = False
+) -> TrainState:
     config = TrainConfig(
         site=Site("benchmark"),
         rule=rule,
         n_features=size.n_features,
         tokens=size.n_tokens * LAST_STEP,
         batch_tokens=size.n_tokens,
-        auxiliary=AuxZipf() if auxiliary else None,
+        auxiliary=auxiliary,
         bf16_screening=screens,
     )
     return TrainState.start(config, sample)
@@ -76,7 +80,7 @@ class DefinitionSAE(SAE):
 
 
 def _reference(size: Size, sample: Tensor) -> Step:
-    state = start(TopK(size.k), size, sample, auxiliary=False)
+    state = start(TopK(size.k), size, sample, auxiliary=None)
     state.sae.__class__ = DefinitionSAE
     return lambda batch: void(train_step(state, batch))
 

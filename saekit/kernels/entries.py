@@ -19,6 +19,7 @@ from saekit.kernels.dots import dots
 from saekit.kernels.largest import stable_order
 from saekit.kernels.reference import row_of_entry
 from saekit.kernels.select import Selection
+from saekit.kernels.threads import ranges, side_by_side
 
 # features of a gradient that are summed at a time, to be copied from the cache
 _BLOCK_ROWS = 512
@@ -79,19 +80,22 @@ def _columns(features: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     return stable_order(features, n_features), starts
 
 
-def _weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def weight_gradient(grad: Tensor, tokens: Tensor, features: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`out[f]` = sum of `grad[i] * x[tokens[i]]` over the entries of feature `f`, a row of `weight`."""
     order, starts = _columns(features, len(weight))
     tokens, grad = tokens[order], grad[order]
     if not memory.is_large(weight) or x.dtype != weight.dtype:
         return _weighted_rows(tokens, grad, starts, x)
     out = memory.gradient_of(weight)
-    bounds = starts[::_BLOCK_ROWS].tolist()
-    for block, (first, end) in enumerate(zip(bounds, [*bounds[1:], len(tokens)], strict=True)):
-        rows = slice(block * _BLOCK_ROWS, (block + 1) * _BLOCK_ROWS)
-        inside = starts[rows.start : rows.stop + 1] - first
-        if len(inside) > 1:
-            out[rows] = _weighted_rows(tokens[first:end], grad[first:end], inside, x)
+
+    def fill(part: slice) -> None:
+        for first in range(part.start, part.stop, _BLOCK_ROWS):
+            rows = slice(first, min(first + _BLOCK_ROWS, part.stop))
+            inside = starts[rows.start : rows.stop + 1]
+            own = slice(int(inside[0]), int(inside[-1]))
+            out[rows] = _weighted_rows(tokens[own], grad[own], inside - own.start, x)
+
+    side_by_side(fill, ranges(weight))
     return out
 
 
@@ -136,7 +140,7 @@ class _EncodeEntries(torch.autograd.Function):
             grad_x = _weighted_rows(features, grad, row_starts, w_enc)
         if need_w:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(grad, tokens, features, x.contiguous(), w_enc)
+            grad_w = weight_gradient(grad, tokens, features, x.contiguous(), w_enc)
         if need_b:
             grad_b = grad.new_zeros(len(w_enc)).index_add_(0, features, grad)
         return grad_x, grad_w, grad_b, None, None, None, None
@@ -158,5 +162,5 @@ class _DecodeRows(torch.autograd.Function):
             grad_values = dots(grad, w_dec, features, row_starts)
         if ctx.needs_input_grad[3]:
             tokens = row_of_entry(row_starts, len(features))
-            grad_w = _weight_gradient(values, tokens, features, grad, w_dec)
+            grad_w = weight_gradient(values, tokens, features, grad, w_dec)
         return grad_values, None, None, grad_w

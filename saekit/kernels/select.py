@@ -7,7 +7,8 @@ index `token * n_features + feature`, exactly as a stable sort of the whole matr
 Selection has no gradient; `entries.encode_entries` attaches it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from saekit.kernels import backend, screen
 from saekit.kernels.largest import kth_largest, largest_of_rows, positions_above, stable_order
+from saekit.kernels.threads import ranges, side_by_side
 
 # elements of one block of pre-activations: 28 MB in float32, which stays in the cache of a large CPU, and is
 # under the 32 MB from which on glibc asks the system for fresh pages each time
@@ -31,13 +33,26 @@ class Selection(NamedTuple):
     row_starts: Int[Tensor, " rows"]
 
 
-def _row_blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first token of each block and its pre-activations, which the next block writes over."""
-    rows = max(1, min(len(x), BLOCK_ELEMENTS // max(1, len(w_enc))))
-    buffer = x.new_empty(rows, len(w_enc))
-    for start in range(0, max(1, len(x)), rows):  # one empty block for an empty batch
-        part = x[start : start + rows]
-        yield start, torch.addmm(b_enc, part, w_enc.T, out=buffer[: len(part)])
+def _blocks_of(part: slice, n_columns: int) -> list[slice]:
+    """A range of rows in equal blocks: a small one at the end would be slow to multiply. One empty block of no rows."""
+    most = max(1, BLOCK_ELEMENTS // max(1, n_columns))
+    n_rows = part.stop - part.start
+    size = max(1, -(-n_rows // max(1, -(-n_rows // most))))
+    return [slice(start, min(start + size, part.stop)) for start in range(part.start, max(1, part.stop), size)]
+
+
+def _row_blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor, part: slice) -> Iterator[tuple[int, Tensor]]:
+    """The first token of each block of a range, and its pre-activations, which the next block writes over."""
+    blocks = _blocks_of(part, len(w_enc))
+    buffer = x.new_empty(blocks[0].stop - blocks[0].start, len(w_enc))
+    for block in blocks:
+        rows = x[block]
+        yield block.start, torch.addmm(b_enc, rows, w_enc.T, out=buffer[: len(rows)])
+
+
+def _at(block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`block[rows, columns]` of a contiguous block, for less."""
+    return block.flatten().index_select(0, rows * block.shape[1] + columns)
 
 
 def _starts(rows: Int[Tensor, " nnz"], n_rows: int) -> Int[Tensor, " starts"]:
@@ -51,15 +66,24 @@ def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: boo
     """The k largest pre-activations of each token; `by_size` the largest whatever their sign."""
     k = min(k, len(w_enc))
     if (by := _epilogue(x)) and not by_size:
-        found = _largest_by(by, x, w_enc, b_enc, torch.full((len(x),), k, device=x.device))
-        return _same_number_per_row([found[2]], [found[1]], k, len(x))
-    all_scores, all_features = [], []
-    for _, block in _row_blocks(x, w_enc, b_enc):
-        counts = torch.full((len(block),), k, device=x.device)
-        tokens, features = largest_of_rows(block.abs() if by_size else block, counts)
-        all_scores.append(block[tokens, features])
-        all_features.append(features)
-    return _same_number_per_row(all_scores, all_features, k, len(x))
+        _, features, scores = _largest_by(by, x, w_enc, b_enc, torch.full((len(x),), k, device=x.device))
+        return _same_number_per_row(scores, features, k, len(x))
+
+    def largest(part: slice) -> list[tuple[Tensor, Tensor]]:
+        kept = []
+        for _, block in _row_blocks(x, w_enc, b_enc, part):
+            counts = torch.full((len(block),), k, device=x.device)
+            tokens, features = largest_of_rows(block.abs() if by_size else block, counts)
+            kept.append((_at(block, tokens, features), features))
+        return kept
+
+    scores, features = _joined(side_by_side(largest, ranges(x)))
+    return _same_number_per_row(scores, features, k, len(x))
+
+
+def _joined(parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
+    """What blocks of several parts have found, one after the other."""
+    return map(torch.cat, zip(*chain.from_iterable(parts), strict=True))
 
 
 def _epilogue(x: Tensor) -> ModuleType | None:
@@ -74,12 +98,15 @@ def _epilogue(x: Tensor) -> ModuleType | None:
 def _largest_by(by: ModuleType, rows: Tensor, columns: Tensor, bias: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
     """Row, column and score of the `counts` largest of each row of `rows @ columns.T + bias`, block by block."""
     prepared = by.Columns.of(columns, bias)
-    size = max(1, BLOCK_ELEMENTS // max(1, len(columns)))
-    parts = []
-    for start in range(0, max(1, len(rows)), size):
-        owner, *rest = by.largest_of_products(rows[start : start + size], prepared, counts[start : start + size])
-        parts.append((owner + start, *rest))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def largest(part: slice) -> list[tuple[Tensor, ...]]:
+        found = []
+        for block in _blocks_of(part, len(columns)):
+            owner, *rest = by.largest_of_products(rows[block], prepared, counts[block])
+            found.append((owner + block.start, *rest))
+        return found
+
+    return tuple(_joined(side_by_side(largest, ranges(rows))))
 
 
 @torch.no_grad()
@@ -87,20 +114,23 @@ def top_of_groups(x: Tensor, w_enc: Tensor, b_enc: Tensor, n_groups: int) -> Sel
     """The largest pre-activation of each token in each of `n_groups` equal runs of neighbouring features."""
     size = len(w_enc) // n_groups
     first = torch.arange(0, len(w_enc), size, device=x.device)
-    all_scores, all_features = [], []
-    for _, block in _row_blocks(x, w_enc, b_enc):
-        # of equals the first, which argmax does not promise
-        groups = block.unflatten(1, (n_groups, size))
-        is_largest = groups == groups.amax(2, keepdim=True)
-        features = first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
-        all_scores.append(block.gather(1, features).flatten())
-        all_features.append(features.flatten())
-    return _same_number_per_row(all_scores, all_features, n_groups, len(x))
+
+    def largest(part: slice) -> list[tuple[Tensor, Tensor]]:
+        kept = []
+        for _, block in _row_blocks(x, w_enc, b_enc, part):
+            # of equals the first, which argmax does not promise
+            groups = block.unflatten(1, (n_groups, size))
+            is_largest = groups == groups.amax(2, keepdim=True)
+            features = first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
+            kept.append((block.gather(1, features).flatten(), features.flatten()))
+        return kept
+
+    scores, features = _joined(side_by_side(largest, ranges(x)))
+    return _same_number_per_row(scores, features, n_groups, len(x))
 
 
-def _same_number_per_row(scores: list[Tensor], features: list[Tensor], k: int, n_tokens: int) -> Selection:
-    row_starts = torch.arange(n_tokens + 1, device=scores[0].device) * k
-    return Selection(torch.cat(scores), torch.cat(features), row_starts)
+def _same_number_per_row(scores: Tensor, features: Tensor, k: int, n_tokens: int) -> Selection:
+    return Selection(scores, features, torch.arange(n_tokens + 1, device=scores.device) * k)
 
 
 @torch.no_grad()
@@ -132,39 +162,49 @@ def _candidates(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int, *, share: 
         found = _candidates_by(by, x, w_enc, b_enc, share)
         if found:
             return found
-    cut = x.new_tensor(-torch.inf)
-    positions, scores = [], []
-    for start, block in _row_blocks(x, w_enc, b_enc):
-        if start == 0:
-            cut = _guess_cut(block, share)
-        is_cut = bool(cut > -torch.inf)
-        found = positions_above(block, cut) if is_cut else torch.arange(block.numel(), device=x.device)
-        positions.append(found + start * len(w_enc))
-        scores.append(block.flatten()[found])
-        if sum(map(len, scores)) > 2 * budget:
-            candidates = torch.cat(scores)
-            kept = _first_largest(candidates, budget)
-            positions, scores = [torch.cat(positions)[kept]], [candidates[kept]]
-            cut = scores[0].min()
-    return torch.cat(positions), torch.cat(scores)
+
+    def reaching(part: slice) -> list[tuple[Tensor, Tensor]]:
+        cut = None
+        found: list[tuple[Tensor, Tensor]] = []
+        for start, block in _row_blocks(x, w_enc, b_enc, part):
+            cut = _guess_cut(block, share) if cut is None else cut
+            is_cut = bool(cut > -torch.inf)
+            places = positions_above(block, cut) if is_cut else torch.arange(block.numel(), device=x.device)
+            found.append((places + start * len(w_enc), block.flatten().index_select(0, places)))
+            if sum(len(scores) for _, scores in found) > 2 * budget:
+                positions, scores = _joined([found])
+                kept = _first_largest(scores, budget)
+                found = [(positions[kept], scores[kept])]
+                cut = scores[kept].min()
+        return found
+
+    positions, scores = _joined(side_by_side(reaching, ranges(x)))
+    return positions, scores
 
 
 def _candidates_by(
     by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, share: float
 ) -> tuple[Tensor, Tensor] | None:
-    size = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
-    sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)][:size], w_enc, b_enc)
+    most = max(1, BLOCK_ELEMENTS // max(1, len(w_enc)))
+    sample = torch.nn.functional.linear(x[:: max(1, len(x) // 64)][:most], w_enc, b_enc)
     cut = _guess_cut(sample, share)
     prepared = by.Columns.of(w_enc, b_enc)
-    positions, scores = [], []
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        found = by.products_above(part, prepared, cut, expected=int(share * len(part) * len(w_enc)) + 1)
-        if found is None:
-            return None
-        positions.append((found[0] + start) * len(w_enc) + found[1])
-        scores.append(found[2])
-    return torch.cat(positions), torch.cat(scores)
+
+    def reaching(part: slice) -> list[tuple[Tensor, Tensor]] | None:
+        found = []
+        for block in _blocks_of(part, len(w_enc)):
+            rows = x[block]
+            above = by.products_above(rows, prepared, cut, expected=int(share * len(rows) * len(w_enc)) + 1)
+            if above is None:
+                return None
+            found.append(((above[0] + block.start) * len(w_enc) + above[1], above[2]))
+        return found
+
+    parts = [found for found in side_by_side(reaching, ranges(x)) if found is not None]
+    if len(parts) < len(ranges(x)):
+        return None
+    positions, scores = _joined(parts)
+    return positions, scores
 
 
 def _first_largest(scores: Float[Tensor, " candidates"], budget: int) -> Int[Tensor, " budget"]:
@@ -185,20 +225,27 @@ def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor,
 
     Blocks run over features in the order of their budgets, so that the budgets of a block are alike.
     """
-    tokens, features = [budgets.new_zeros(0)], [budgets.new_zeros(0)]
-    scores = [x.new_zeros(0)]
     by_budget = budgets.argsort(descending=True, stable=True)
     if by := _epilogue(x):
         return _columns_by(by, x, w_enc, b_enc, budgets, by_budget)
-    for members in by_budget.split(max(1, BLOCK_ELEMENTS // max(1, len(x)))):
-        block = torch.addmm(b_enc[members, None], w_enc[members], x.T)  # (members, n_tokens)
-        for part in _alike(budgets[members]):
-            which, rows = largest_of_rows(block[part], budgets[members[part]])
-            scores.append(block[part][which, rows])
-            features.append(members[part][which])
-            tokens.append(rows)
+
+    equal = bool((budgets == budgets[:1]).all())  # then the order is that of the features, and no row need be gathered
+
+    def largest(part: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
+        kept = [(budgets.new_zeros(0), budgets.new_zeros(0), x.new_zeros(0))]
+        blocks = _blocks_of(part, len(x))
+        buffer = x.new_empty(blocks[0].stop - blocks[0].start, len(x))
+        for chosen in blocks:
+            members = by_budget[chosen]
+            rows = chosen if equal else members
+            block = torch.addmm(b_enc[rows, None], w_enc[rows], x.T, out=buffer[: len(members)])
+            for alike in _alike(budgets[members]):
+                which, tokens = largest_of_rows(block[alike], budgets[members[alike]])
+                kept.append((tokens, members[alike][which], _at(block[alike], which, tokens)))
+        return kept
+
     return _by_token_then_feature(
-        torch.cat(tokens), torch.cat(features), torch.cat(scores), n_tokens=len(x), n_features=len(w_enc)
+        *_joined(side_by_side(largest, ranges(w_enc))), n_tokens=len(x), n_features=len(w_enc)
     )
 
 
@@ -237,11 +284,14 @@ def _by_token_then_feature(
 @torch.no_grad()
 def above(x: Tensor, w_enc: Tensor, b_enc: Tensor, theta: Float[Tensor, " n_features"]) -> Selection:
     """All pre-activations strictly above their feature's threshold."""
-    tokens, features, scores = [], [], []
-    for start, block in _row_blocks(x, w_enc, b_enc):
-        found = positions_above(block, theta)
-        rows = found.div(len(w_enc), rounding_mode="floor")
-        tokens.append(rows + start)
-        features.append(found - rows * len(w_enc))
-        scores.append(block.flatten()[found])
-    return Selection(torch.cat(scores), torch.cat(features), _starts(torch.cat(tokens), len(x)))
+
+    def reaching(part: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
+        kept = []
+        for start, block in _row_blocks(x, w_enc, b_enc, part):
+            found = positions_above(block, theta)
+            rows = found.div(len(w_enc), rounding_mode="floor")
+            kept.append((rows + start, found - rows * len(w_enc), block.flatten().index_select(0, found)))
+        return kept
+
+    tokens, features, scores = _joined(side_by_side(reaching, ranges(x)))
+    return Selection(scores, features, _starts(tokens, len(x)))

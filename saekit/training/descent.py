@@ -2,13 +2,16 @@
 
 Equal to `project_decoder_gradient`, `clip_grad_norm_`, `torch.optim.Adam(fused=True)` and `normalise_decoder`
 in turn, but for the order in which the norm of the gradient is summed. Those pass over weights, gradients and
-moments a dozen times; on a CPU all of it waits for memory.
+moments a dozen times, and all of it waits for memory.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from saekit.kernels import backend
+from saekit.kernels.threads import ranges, side_by_side
 
 # elements of a block: weight, gradient and two moments together fit the cache of one core
 _BLOCK_ELEMENTS = 1 << 17
@@ -36,13 +39,22 @@ def descend(optimizer: torch.optim.Optimizer, *, lr: float, clip: float, unit_ro
 
 
 def _square_of_gradient(parameter: Tensor, *, project: bool) -> Tensor:
-    assert parameter.grad is not None
-    squares = []
-    for weight, grad in _blocks(parameter, parameter.grad):
-        if project:
-            grad.addcmul_(weight, (grad * weight).sum(1, keepdim=True), value=-1)
-        squares.append(torch.linalg.vector_norm(grad).square())
-    return torch.stack(squares).sum()
+    gradient = parameter.grad
+    assert gradient is not None
+    if _by_triton(parameter):
+        from saekit.kernels import triton_descent
+
+        return triton_descent.project(parameter, gradient, along=project)
+
+    def squares(part: slice) -> Tensor:
+        total = gradient.new_zeros(())
+        for weight, grad in _blocks(part, parameter, gradient):
+            if project:
+                grad.addcmul_(weight, (grad * weight).sum(1, keepdim=True), value=-1)
+            total += torch.linalg.vector_norm(grad).square()
+        return total
+
+    return torch.stack(side_by_side(squares, ranges(torch.atleast_1d(parameter)))).sum()
 
 
 def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: Tensor, *, normalise: bool) -> None:
@@ -51,34 +63,54 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, fact
         state["step"] = torch.zeros((), device=parameter.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
     state["step"] += 1
-    assert parameter.grad is not None
-    for weight, grad, mean, square in _blocks(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
-        grad.mul_(factor)
-        # what torch.optim.Adam(fused=True) calls, which takes whole parameters only
-        torch.ops.aten._fused_adam_(
-            [weight],
-            [grad],
-            [mean],
-            [square],
-            [],
-            [state["step"]],
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
-        if normalise:
-            weight.copy_(torch.nn.functional.normalize(weight, dim=1))
+    gradient = parameter.grad
+    assert gradient is not None
+    if _by_triton(parameter):
+        from saekit.kernels import triton_descent
 
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each; all at once where there is no cache to mind."""
-    first = tensors[0]
-    if first.ndim < 2 or first.device.type != "cpu":
-        yield tensors
+        triton_descent.adam(
+            parameter, gradient, state["exp_avg"], state["exp_avg_sq"], factor=factor, lr=group["lr"],
+            betas=group["betas"], eps=group["eps"], step=state["step"], normalise=normalise,
+        )  # fmt: skip
         return
-    rows = max(1, _BLOCK_ELEMENTS // first[0].numel())
-    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+    def move(part: slice) -> None:
+        for weight, grad, mean, square in _blocks(part, parameter, gradient, state["exp_avg"], state["exp_avg_sq"]):
+            grad.mul_(factor)
+            # what torch.optim.Adam(fused=True) calls, which takes whole parameters only
+            torch.ops.aten._fused_adam_(
+                [weight],
+                [grad],
+                [mean],
+                [square],
+                [],
+                [state["step"]],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+            if normalise:
+                weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_(min=1e-12))
+
+    side_by_side(move, ranges(torch.atleast_1d(parameter)))
+
+
+def _by_triton(parameter: Tensor) -> bool:
+    """Whether the kernels, which read whole rows of float32, take this parameter and its gradient."""
+    tensors = parameter, parameter.grad
+    rows = parameter.ndim == 2 and all(t is not None and t.is_contiguous() for t in tensors)
+    return rows and parameter.dtype == torch.float32 and backend.uses_triton(parameter.device)
+
+
+def _blocks(part: slice, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a few at a time; all at once where there is no cache to mind."""
+    inside = tuple(torch.atleast_1d(tensor)[part] for tensor in tensors)
+    if inside[0].device.type != "cpu":
+        yield inside
+        return
+    rows = max(1, _BLOCK_ELEMENTS // max(1, inside[0][:1].numel()))
+    yield from zip(*(tensor.split(rows) for tensor in inside), strict=True)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from saekit.kernels import backend
 from saekit.losses import summed_mse
 from saekit.sae import SAE
 from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors
@@ -21,6 +22,11 @@ class Reconstruction:
 
     def measure(self, sae: SAE, extra: Extra, x: Vectors, y: Targets) -> Measured:
         codes = sae.encode(x)
+        if backend.uses_triton(x.device) and not sae.output_needs_input:
+            from saekit.kernels.triton_reconstruct import reconstruct
+
+            loss, error = reconstruct(codes.values, codes.features, codes.row_starts, sae.decoder, sae.b_dec, y)
+            return Measured(codes, y + error, loss)
         y_hat = sae.decode(codes, x)
         return Measured(codes, y_hat, summed_mse(y, y_hat))
 
