@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"saekit {version('saekit')}")
         return 0
     try:
-        return parse(argv).run() or 0
+        command = parse(argv)
+        _check_device(getattr(command, "device", "cpu"))
+        return command.run() or 0
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         # a run that was told to stop says by which signal
@@ -119,6 +121,20 @@ def parse(argv: Sequence[str]) -> Command:
         choices.append(Annotated[command, details])
     any_command: Any = Union[tuple(choices)]  # noqa: UP007
     return tyro.cli(any_command, prog="saekit", description=DESCRIPTION, args=argv, config=MARKERS)
+
+
+def _check_device(name: str) -> None:
+    if name == "cpu":
+        return
+    import torch
+
+    from saekit.errors import SaekitError
+
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SaekitError(f"--device {name} cannot be used: {reason}; `saekit doctor` says what there is") from error
 
 
 def _check_given_once(argv: Sequence[str]) -> None:
