@@ -2,8 +2,8 @@
 
     python -m benchmarks.stories260k.behaviours STORIES260K tinystories.txt --sae sae-stories
 
-The SAE is trained first if the folder is not there, as the README's table was. Prompts of 32 tokens are cut from the
-rows that training held out; in the corrupted ones the child is another:
+The SAE is trained first if the folder is not there, as that of the README's table but with more rows held out. Prompts
+of 32 tokens are cut from these, one of a row at most; in the corrupted ones the child is another:
 
     name      ... Lily ...            ->  Lily    with every `Lily` exchanged for `Tim`, or `Tim`, `Timmy` for `Lily`
     pronoun   ... girl ... Lily ...   ->  she     with everything exchanged that says which: name, noun and pronouns
@@ -19,6 +19,7 @@ from benchmarks.pystd.behaviours import Pair, Vocabulary, find_pairs, read_pairs
 from benchmarks.trained import trained
 from saekit.activations.corpus import load_corpus
 
+HELD_OUT_ROWS = 800
 OTHER_NAME = {"▁Lily": "▁Tim", "▁Tim": "▁Lily", "▁Timmy": "▁Lily"}
 OTHER_PRONOUN = {"▁she": "▁he", "▁he": "▁she", "▁She": "▁He", "▁He": "▁She", "▁her": "▁his", "▁his": "▁her"}
 OTHER_NOUN = {("▁g", "ir", "l"): ("▁b", "o", "y"), ("▁b", "o", "y"): ("▁g", "ir", "l")}
@@ -58,11 +59,14 @@ def main() -> None:
     sae = trained(
         given.sae, given.model, given.text, "--site", "layers.2", "--features", "1024", "--k", "16",
         "--tokens", "1640000", "--batch-tokens", "2048", "--row-bos", "no",
+        "--held-out-rows", str(HELD_OUT_ROWS),
     )  # fmt: skip
     target = saekit.Target.load(given.model)
     pieces = target.tokenizer.convert_ids_to_tokens(range(len(target.tokenizer)))
     words = Vocabulary(pieces, {piece: i for i, piece in enumerate(pieces)})
-    rows = load_corpus(given.text, target.tokenizer, context=sae.cfg.context_size or 256, row_bos=False).held_out.ids
+    context = sae.cfg.context_size or 256
+    corpus = load_corpus(given.text, target.tokenizer, context=context, row_bos=False, held_out_rows=HELD_OUT_ROWS)
+    rows = corpus.held_out.ids
     for seed in given.seeds:
         for name, find in {"name": find_name, "pronoun": find_pronoun}.items():
             pairs = find_pairs(rows, find, words, target.tokenizer.bos_token_id, given.prompts, seed)

@@ -57,12 +57,9 @@ def viewer_graph(
         )
     tokens = [text(token) for token in ids.tolist()]
     last, top = len(tokens) - 1, str(len(circuit.sites) + 1)
-    logit = {
-        **_node(f"{top}_{answer}_{last}", f"L_{answer}-{last}", answer, top, last, "logit"),
-        "token_prob": chance,
-        "is_target_logit": True,
-        "clerp": f'Output "{text(answer)}" (p={chance:.3f})',
-    }
+    label = f'Output "{text(answer)}" (p={chance:.3f})'
+    logit = _node(f"{top}_{answer}_{last}", f"L_{answer}-{last}", answer, top, last, "logit")
+    logit |= {"token_prob": chance, "is_target_logit": True, "clerp": label}
     embedded = [
         _node(f"E_{token}_{place}", f"E_{token}-{place}", place, "E", place, "embedding")
         for place, token in enumerate(ids.tolist())

@@ -85,9 +85,11 @@ def check_writable(path: Path | str) -> None:
     """Find out before minutes of work, not after, that a page cannot be written.
 
     Raises:
-        FileError: if there is no right to write there.
+        FileError: if there is no right to write there, or a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder; choose a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

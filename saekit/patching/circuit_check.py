@@ -24,7 +24,7 @@ from saekit.errors import SaekitError
 from saekit.patching.circuits import ERROR, Circuit, CircuitNode, keys_of, node_key, read_others
 from saekit.patching.effects import EVERYWHERE, Prompts, read_prompts
 from saekit.patching.metric import Metric
-from saekit.patching.splice import Encoded, SAEs, in_order, meet, place_saes, write
+from saekit.patching.splice import Encoded, SAEs, check_apart, in_order, meet, place_saes, write
 from saekit.patching.tokens import TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -72,9 +72,10 @@ def check_circuit(
     """Four edited passes; arguments as those that the circuit was traced with.
 
     Raises:
-        SaekitError: changing every node leaves the metric as it is.
+        SaekitError: changing every node leaves the metric as it is; two SAEs for one tensor.
     """
     placed, tokens = place_saes(saes), TokenMask.of(target, mask)
+    check_apart(target, placed)
     others = read_others(target, placed, ids, other_ids, tokens)
     every: dict[Site, _Nodes] = {}
     chosen: dict[Site, _Nodes] = {}

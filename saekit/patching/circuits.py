@@ -28,9 +28,16 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
-from saekit.patching.effects import EVERYWHERE, Prompts, check_same_places, read_prompts
+from saekit.patching.effects import (
+    EVERYWHERE,
+    Prompts,
+    check_one_call,
+    check_prompts,
+    check_same_places,
+    read_prompts,
+)
 from saekit.patching.metric import Metric
-from saekit.patching.splice import SAEs, in_order, meet, place_saes, write
+from saekit.patching.splice import SAEs, check_apart, in_order, meet, place_saes, write
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -134,10 +141,15 @@ def trace_circuit(
             to each other.
 
     Raises:
-        SaekitError: no SAE, or fewer than one node.
+        SaekitError: no SAE, two for one tensor or one for every call (`@*`); fewer than one node; nothing that has an
+            effect.
         ShapeError: several prompts without `everywhere`, or other prompts of another number or length.
     """
     placed = place_saes(saes)
+    check_prompts(target, ids)
+    check_apart(target, placed)
+    for site in placed:
+        check_one_call(site)
     if not placed or n_nodes < 1:
         raise SaekitError(f"{len(placed)} SAEs and {n_nodes} nodes make no circuit; give at least one of each")
     if len(ids) != 1 and not everywhere:
@@ -160,6 +172,11 @@ def trace_circuit(
         nodes = sorted(
             (one for one in nodes if one[0].effect), key=lambda one: (one[0].site, one[0].position, one[0].feature)
         )
+        if not nodes:
+            raise SaekitError(
+                f"no feature at {', '.join(map(str, placed))} has an effect on the metric"
+                f"{'' if other_ids is None else ' by being as on the other prompts'}; choose other prompts or Sites"
+            )
         edges = _edges(cuts, gradients, nodes, value)
     return Circuit(tuple(cut.site for cut in cuts), tuple(node for node, _ in nodes), edges, total)
 

@@ -17,7 +17,7 @@ from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.patching.coordinates import strength_of
 from saekit.patching.metric import Metric
-from saekit.patching.splice import Encoded, reading_site, spliced, writing_site
+from saekit.patching.splice import Encoded, check_width, reading_site, spliced, writing_site
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -86,14 +86,17 @@ def read_prompts(
     """Run the model on prompts and encode what it computes at a Site.
 
     Raises:
-        SaekitError: a Site of every call (`@*`); effects are of one tensor.
+        SaekitError: a Site of every call (`@*`); effects are of one tensor. Token ids that the model does not know.
+        ShapeError: prompts longer than the model reads, or an SAE of another width than its Site.
     """
-    _check_one_call(site)
+    check_prompts(target, ids)
+    check_one_call(site)
     site, written = reading_site(target, sae, site), writing_site(sae, site)
     read = [target.read(part, list({site, written})) for part in ids.split(batch_rows)]
     vectors, out = (torch.cat([part[at] for part in read]) for at in (site, written))
     grid = grid_of(vectors, site, Passes(0, given=Given(ids.to(vectors.device))), TokenMask.of(target, mask))
     kept = grid.keep.flatten().nonzero()[:, 0]
+    check_width(sae, vectors, site)
     rows = vectors.flatten(0, 1)[kept].to(sae.b_dec)
     codes = sae.encode(rows)
     spread = SparseCodes.from_pairs(
@@ -172,7 +175,7 @@ def site_effects(
     places = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(context))  # (prompts * context, 2)
     effects: list[Tensor] = []
     for site in sites:
-        _check_one_call(site)
+        check_one_call(site)
         there = torch.cat([target.read(part, [site])[site] for part in other_ids.split(batch_rows)])
         for part in places.split(batch_rows):
             prompt, position = part.T
@@ -187,9 +190,26 @@ def site_effects(
 
 @torch.no_grad()
 def metric_of(target: Target, ids: Int[Tensor, "prompts context"], metric: Metric, *, batch_rows: int = 64) -> Tensor:
-    """The metric of every prompt on the untouched model, `(prompts,)` in float64."""
+    """The metric of every prompt on the untouched model, `(prompts,)` in float64; errors as for `read_prompts`."""
+    check_prompts(target, ids)
     parts = torch.arange(len(ids)).split(batch_rows)
     return torch.cat([metric(target.run(ids[part]), part).double().cpu() for part in parts])
+
+
+def check_prompts(target: Target, ids: Tensor) -> None:
+    """Raises: SaekitError if these are no rows of token ids that the model can read."""
+    if ids.ndim != 2 or not ids.numel():
+        raise ShapeError(f"the prompts are {tuple(ids.shape)}; give token ids (prompts, context), at least one of each")
+    if target.context is not None and ids.shape[1] > target.context:
+        raise ShapeError(
+            f"the prompts have {ids.shape[1]} tokens, more than the {target.context} that {target.name} reads; "
+            "give shorter ones"
+        )
+    if target.vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < target.vocabulary:
+        raise SaekitError(
+            f"the prompts hold token ids from {int(ids.min())} to {int(ids.max())}, but {target.name} knows "
+            f"{target.vocabulary}; encode them with its own tokenizer"
+        )
 
 
 def check_same_places(own: Tensor, other: Tensor) -> None:
@@ -219,7 +239,8 @@ def _edit_each_row(chosen: Candidates, other: Prompts | None) -> Callable[[Encod
     return edit
 
 
-def _check_one_call(site: Site) -> None:
+def check_one_call(site: Site) -> None:
+    """Raises: SaekitError for a Site of every call."""
     if site.call is None:
         raise SaekitError(f"{site} stands for every call of its submodule, and effects are of one; choose @0, @1, ...")
 

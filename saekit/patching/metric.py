@@ -44,10 +44,25 @@ class LogitDifference:
             )
 
     def __call__(self, logits: Logits, prompt: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        self._check(logits, prompt)
         place = prompt.to(self.right.device)
         right, wrong, position = (part[place].to(logits.device) for part in (self.right, self.wrong, self.position))
         here = logits[torch.arange(len(logits), device=logits.device), position]  # (batch, vocabulary)
         return (here.gather(1, right[:, None]) - here.gather(1, wrong[:, None]))[:, 0]
+
+    def _check(self, logits: Tensor, prompt: Tensor) -> None:
+        """What indexing would say of it is another's business."""
+        _, context, vocabulary = logits.shape
+        for what, values, low, high in (
+            ("prompt", prompt, 0, len(self.right)),
+            ("position", self.position, -context, context),
+            ("token", torch.cat([self.right, self.wrong]), 0, vocabulary),
+        ):
+            if len(values) and not low <= int(values.min()) <= int(values.max()) < high:
+                raise ShapeError(
+                    f"the metric is asked of {what}s from {int(values.min())} to {int(values.max())}, but there are "
+                    f"{high}; give one position and two tokens for each prompt, counted from 0"
+                )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

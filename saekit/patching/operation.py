@@ -5,6 +5,7 @@ along one direction, or whole vectors. `Chosen` says which tokens they belong to
 from elsewhere into the same coordinates.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
@@ -64,6 +65,9 @@ class Scale:
     by: float
     keeps_zero: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_finite("Scale", self.by)
+
     def __call__(self, old: Tensor, chosen: Chosen) -> Tensor:
         return old * self.by
 
@@ -76,6 +80,8 @@ class Clamp:
     high: float | None = None
 
     def __post_init__(self) -> None:
+        for bound in (self.low, self.high):
+            _check_finite("Clamp", 0.0 if bound is None else bound)
         if (self.low is None and self.high is None) or (
             self.low is not None and self.high is not None and self.low > self.high
         ):
@@ -163,11 +169,17 @@ class Add:
     keeps_zero: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        _check_finite("Add", self.amount)
         if self.amount == 0:
             raise SaekitError("Add(0) changes nothing; give another amount")
 
     def __call__(self, old: Tensor, chosen: Chosen) -> Tensor:
         return old + (self.amount * chosen.norm[:, None] if self.relative else self.amount)
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise SaekitError(f"{name}({number}) makes nothing that a model can go on with; give a finite number")
 
 
 def _check_some(name: str, vectors: Tensor) -> None:

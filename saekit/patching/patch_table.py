@@ -19,7 +19,7 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.errors import FileError, SaekitError
 from saekit.patching.attribution import difference
-from saekit.patching.effects import Candidates, check_same_places, exact_effects, metric_of, read_prompts
+from saekit.patching.effects import Candidates, Prompts, check_same_places, exact_effects, metric_of, read_prompts
 from saekit.patching.effects_file import fingerprint
 from saekit.patching.metric import Metric
 from saekit.patching.splice import SAEs, place_saes
@@ -67,6 +67,7 @@ def patch_features(
 
     Raises:
         ShapeError: prompts of different sizes.
+        SaekitError: prompts that differ in no feature.
         FileError: nothing to resume, or an unfinished run without `resume` or about something else.
     """
     check_same_places(ids, other_ids)
@@ -81,10 +82,7 @@ def patch_features(
     try:
         for number, (site, sae) in enumerate(placed.items()):
             own, other = (read_prompts(target, sae, site, side, mask=tokens) for side in (ids, other_ids))
-            change = difference(own.codes, other.codes)
-            change = change.where(own.grid.keep.flatten()[change.token_of_entry()] & (change.values != 0))
-            token, context = change.token_of_entry().cpu(), ids.shape[1]
-            at = Candidates(token // context, token % context, change.features.cpu())
+            at = _differing(own, other)
 
             def keep(effects: Tensor, number: int = number, site: Site = site, n: int = len(at)) -> None:
                 if keeper is not None:
@@ -97,13 +95,29 @@ def patch_features(
                 other=other, mask=tokens, batch_rows=batch_rows, after=after, on_batch=keep,
             )  # fmt: skip
             tables[site] = PatchTable(at, effect, total)
+        _check_some(tables)
     except BaseException:
-        if keeper is not None:
+        if keeper is not None and keeper.done:
             keeper.save()
         raise
     if unfinished is not None:
         unfinished.unlink(missing_ok=True)
     return tables
+
+
+def _differing(own: Prompts, other: Prompts) -> Candidates:
+    """Every place that counts where a feature's strength is not the same."""
+    change = difference(own.codes, other.codes)
+    change = change.where(own.grid.keep.flatten()[change.token_of_entry()] & (change.values != 0))
+    token, context = change.token_of_entry().cpu(), own.grid.keep.shape[1]
+    return Candidates(token // context, token % context, change.features.cpu())
+
+
+def _check_some(tables: Mapping[Site, PatchTable]) -> None:
+    if not any(len(table.at) for table in tables.values()):
+        raise SaekitError(
+            f"no feature at {', '.join(map(str, tables))} differs between the prompts; choose others that do"
+        )
 
 
 class _Keeper:

@@ -132,7 +132,7 @@ def spliced(
         SaekitError: two SAEs for one tensor, a Site that no pass reached, or no pass at all.
     """
     placed = place_saes(saes)
-    _check_apart(target, placed)
+    check_apart(target, placed)
     for site in edits:
         if site not in placed:
             raise UnknownNameError("spliced SAE", str(site), map(str, placed))
@@ -200,16 +200,21 @@ class Met:
 def meet(sae: SAE, x: Tensor, grid: Grid, *, site: Site, edit: CodeEdit | None) -> Met:
     """Encode one tensor and ask what to change."""
     site = replace(site, call=grid.call)
+    check_width(sae, x, site)
+    rows = x[grid.keep.reshape(x.shape[:-1])].to(sae.b_dec)
+    codes = sae.encode(rows) if len(rows) else _no_codes(sae)
+    added = edit(Encoded(site, sae, grid, rows, codes)) if edit is not None and len(rows) else None
+    return Met(site, x, rows, grid, codes, added)
+
+
+def check_width(sae: SAE, x: Tensor, site: Site) -> None:
+    """Raises: ShapeError if the SAE does not read what the Site has."""
     if x.shape[-1] != sae.d_model:
         raise ShapeError(
             f"{site} has {x.shape[-1]} numbers per token, but this SAE encodes rows of {sae.d_model} numbers, got "
             f"{tuple(x.shape)}; splice it in at the Site it was trained on"
             f"{f' ({sae.cfg.hook_name})' if sae.cfg.hook_name else ''}"
         )
-    rows = x[grid.keep.reshape(x.shape[:-1])].to(sae.b_dec)
-    codes = sae.encode(rows) if len(rows) else _no_codes(sae)
-    added = edit(Encoded(site, sae, grid, rows, codes)) if edit is not None and len(rows) else None
-    return Met(site, x, rows, grid, codes, added)
 
 
 def go_on(sae: SAE, met: Met, y: Tensor, *, use_error_term: bool) -> Seen:
@@ -267,8 +272,12 @@ class _ValueAlong(torch.autograd.Function):
         return None, grad
 
 
-def _check_apart(target: Target, placed: Mapping[Site, SAE]) -> None:
-    """An SAE may read what a transcoder has written, but two of a kind would overwrite each other."""
+def check_apart(target: Target, placed: Mapping[Site, SAE]) -> None:
+    """An SAE may read what a transcoder has written, but two of a kind would overwrite each other.
+
+    Raises:
+        SaekitError: naming two that would.
+    """
     taken: dict[tuple[str, Any, bool], Site] = {}
     for site, sae in placed.items():
         written = writing_site(sae, site)
