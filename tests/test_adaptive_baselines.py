@@ -13,6 +13,7 @@ from saekit.adaptive.a_vit_sweep import AViTSweep, measure_sweep
 from saekit.adaptive.adatape import AdaTape, AdaTapeConfig, PlainTransformer
 from saekit.adaptive.adatape_baselines import BaselineRecipe, difficulty, measure_baseline
 from saekit.adaptive.adatape_inputs import Pictures, Symbols
+from saekit.adaptive.deciding import adatape_target
 from saekit.adaptive.duo_baselines import ADDED, DuoBaseline
 from saekit.adaptive.duo_llm import BIG, next_token_nats
 from saekit.adaptive.duo_oracle import all_routes
@@ -84,6 +85,8 @@ def test_a_tape_is_read_from_pictures_with_positions():
     with torch.no_grad():
         model.entry_position.copy_(torch.linspace(-3, 3, 25 * 16).view(1, 25, 16))
     assert not torch.equal(model(pictures).tape.weights, run.tape.weights)
+    target = adatape_target(model)
+    assert len(target.steps) == 5 and target.trace(pictures).depth.shape == (4, 1)
     assert AdaTape(CONFIG).entry_position is None  # a bank of symbols has none, as in the released code
 
 

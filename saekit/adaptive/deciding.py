@@ -156,10 +156,8 @@ def duo_target(model: DuoLLM, tokenizer: object = None) -> DecidingTarget:
 
 
 def adatape_target(model: AdaTape) -> DecidingTarget:
-    """Symbols in, class logits out; every reading step but the last may end the tape."""
-    config = model.config
-    example = torch.zeros(1, config.length)
-    target = Target.wrap(model, name="adatape", forward=lambda m, symbols: m(symbols).logits, example=example)
+    """Symbols or pictures in, class logits out; every reading step but the last may end the tape."""
+    target = Target.wrap(model, name="adatape", forward=lambda m, inputs: m(inputs).logits, example=model.seen.example)
     steps = tuple(
         Step(
             reads=Site.parse(f"reader.query:out@{number}"),
@@ -167,7 +165,7 @@ def adatape_target(model: AdaTape) -> DecidingTarget:
             score=Site.parse(f"reader.total:out@{number}"),
             decision=Site.parse(f"reader.halt:out@{number}"),
         )
-        for number in range(config.rule.longest - 1)
+        for number in range(model.config.rule.longest - 1)
     )
     return DecidingTarget(
         target=target,
