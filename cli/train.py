@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .output import Progress, columns, read_and_written, write_facts
+from .output import columns, read_and_written, write_facts
+from .speed import speed_line, train_with_progress
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
@@ -74,6 +75,8 @@ class Train:
     """Scale every centred token to one norm before encoding."""
     bf16_screening: bool = False
     """Find candidates in bfloat16 and select by their exact scores: faster on CPUs with instructions for it."""
+    prefetch: bool = False
+    """Run the model for the next buffer while training empties this one: for a GPU, or cores to spare."""
     context: int | None = None
     """Tokens per row; the model's own context, at most 256, if not given."""
     row_bos: Literal["yes", "no"] = "yes"
@@ -234,7 +237,9 @@ def harvest_of(command: Train, target: "Target", corpus: "Corpus", configs: Sequ
     # a buffer longer than the run would be filled for nothing
     buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
     sites = dict.fromkeys(site for config in configs for site in (config.site, config.site_out) if site is not None)
-    return Harvest(target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens)
+    return Harvest(
+        target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens, prefetch=command.prefetch
+    )
 
 
 def train_and_evaluate(
@@ -250,27 +255,21 @@ def train_and_evaluate(
     """Train, evaluate on the held-out rows, save; one dict of facts per SAE."""
     from saekit.checkpoint import check_writable
     from saekit.sae_config import with_metadata
-    from saekit.training.loop import train
 
     from .evaluate import evaluate_with_progress
 
     folders = [command.out if len(configs) == 1 else command.out / folder_of(c) for c in configs]
     for folder in folders:
         check_writable(folder)
-    first = configs[0]
-    with Progress("training", first.steps * first.batch_tokens, unit="tok") as progress:
-        saes = train(
-            configs,
-            source,
-            model_name=command.model,
-            context_size=corpus.train.context,
-            start=starts or None,
-            device=command.device,
-            on_step=lambda step, reports: progress.to(
-                step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
-            ),
-            run_file=run_file,
-        )
+    saes, speed = train_with_progress(
+        configs,
+        source,
+        model_name=command.model,
+        context_size=corpus.train.context,
+        start=starts or None,
+        device=command.device,
+        run_file=run_file,
+    )
     facts = []
     for sae, config, folder in zip(saes, configs, folders, strict=True):
         evaluation = evaluate_with_progress(sae, target, corpus.held_out, config.site, source.mask)
@@ -292,6 +291,7 @@ def train_and_evaluate(
                 "site": read_and_written(config.site, config.site_out),
                 "rule": described(config),
                 **metrics,
+                **speed,
             }
         )
     if run_file is not None:
@@ -349,9 +349,11 @@ def estimate(configs: Sequence["TrainConfig"], source: "Harvest", device: str) -
         for state, batch, pool in zip(states, batches, pools, strict=True):
             train_step(state, *batch, pool=pool if len(pool) else None)
     step_s = (time.perf_counter() - began) / 3 * first.steps
+    # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
+    buffers = 3.5 if source.prefetch else 2.5
     return {
         "weights_mb": round(numbers * 4 / 1e6, 1),
-        "memory_mb": round((numbers * 16 + source.buffer_tokens * 2.5 * row_bytes) / 1e6 + 700),
+        "memory_mb": round((numbers * 16 + source.buffer_tokens * buffers * row_bytes) / 1e6 + 700),
         "disk_mb": round(numbers * 4 / 1e6, 1),
         "harvest_minutes": round(harvest_s / 60, 2),
         "training_minutes": round(step_s / 60, 2),
@@ -365,5 +367,6 @@ def as_text(facts: Sequence[dict[str, Any]]) -> str:
     from .evaluate import metric_lines
 
     return "\n\n".join(
-        "\n".join([f"{fact['sae']}  ({fact['rule']} at {fact['site']})", metric_lines(fact)]) for fact in facts
+        "\n".join([f"{fact['sae']}  ({fact['rule']} at {fact['site']})", metric_lines(fact), speed_line(fact)])
+        for fact in facts
     )

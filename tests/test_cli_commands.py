@@ -5,12 +5,14 @@ import os
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from saekit.activations import buffer
 from saekit.activations.text import Document
 from saekit.errors import FileError
 from saekit.sae import SAE
@@ -256,6 +258,19 @@ def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):
     assert "Matryoshka" in json.loads(capsys.readouterr().out)["rule"]
     recipe = SAE.load(tmp_path / "sae").cfg.metadata["training"]
     assert recipe["then"].startswith("ThenFeatureChoice(at=0.5")
+
+
+def test_prefetching_trains_the_same_sae_and_training_says_what_its_time_went_into(place, tmp_path, capsys):
+    with mock.patch.object(buffer, "one_ahead", wraps=buffer.one_ahead) as ahead:
+        assert main(train_arguments(place, tmp_path / "plain", "--json")) == 0
+        plain = facts_of(capsys)
+        assert not ahead.called
+        assert main(train_arguments(place, tmp_path / "ahead", "--prefetch")) == 0
+        assert ahead.called
+    assert plain["training_seconds"].keys() >= {"harvest", "buffer", "step", "logging", "calibration"}
+    assert re.search(r"trained on [\d,]+ tokens/s: .*step \d+\.\d s", capsys.readouterr().out)
+    for ours, theirs in zip(*(SAE.load(tmp_path / name).parameters() for name in ("ahead", "plain")), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_thresholds_are_fine_tuned_from_an_sae_that_is_there(place, tmp_path, capsys):
