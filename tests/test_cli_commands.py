@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from saekit.activations import buffer
 from saekit.activations.text import Document
-from saekit.errors import FileError
+from saekit.errors import FileError, SaekitError
 from saekit.sae import SAE
 from saekit.selection import Threshold
 from saekit.targets import Target
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli.main import main
 from saekit_cli.output import Progress
-from saekit_cli.train import Train, train_configs
+from saekit_cli.train import Train, auxiliary_of, train_configs
 
 WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
 METRICS = {
@@ -409,6 +409,18 @@ def test_an_sae_of_another_width_is_refused_by_name_and_size(place, tmp_path, ca
     )
     assert code == 1
     assert "encodes rows of 24 numbers, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("auxiliary", ["zipf", "k"])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_auxiliary_loss_rounds_where_the_command_line_asks_for_it(auxiliary, rounds):
+    assert auxiliary_of(Train(auxiliary=auxiliary, bf16_auxiliary=rounds)).bf16 == rounds
+
+
+def test_rounding_a_loss_that_there_is_not_is_refused():
+    assert auxiliary_of(Train(auxiliary="none")) is None
+    with pytest.raises(SaekitError, match="--auxiliary none leaves out; leave one"):
+        auxiliary_of(Train(auxiliary="none", bf16_auxiliary=True))
 
 
 @pytest.mark.parametrize("screens", [False, True])
