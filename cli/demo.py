@@ -9,6 +9,7 @@ from typing import Any, Literal
 from .evaluate import metric_lines
 from .export import export_page
 from .output import write_facts
+from .speed import speed_line
 from .train import Train, harvest_of, read_corpus, train_and_evaluate, train_configs
 
 
@@ -63,7 +64,7 @@ class Demo:
 def as_text(facts: dict[str, Any]) -> str:
     """What happened, what came out, and how to get it again."""
     return (
-        f"{facts['rule']} at {facts['site']}, {facts['seconds']:.0f} s\n{metric_lines(facts)}\n\n"
+        f"{facts['rule']} at {facts['site']}, {facts['seconds']:.0f} s\n{metric_lines(facts)}\n{speed_line(facts)}\n\n"
         f"SAE in   {facts['sae']}\n"
         f"page in  {facts['page']}  ({facts['features_shown']} features; open it in a browser)\n\n"
         f"The same again:\n  {facts['train_command']}\n  {facts['export_command']}"

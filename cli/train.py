@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .output import Progress, columns, read_and_written, write_facts
+from .output import columns, read_and_written, write_facts
+from .speed import speed_line, train_with_progress
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
+    from saekit.losses import AuxK, AuxZipf
     from saekit.sae import SAE
     from saekit.selection import SelectionRule
     from saekit.targets import Target
@@ -70,10 +72,14 @@ class Train:
     """Peak learning rate; derived from the width if not given."""
     auxiliary: Literal["zipf", "k", "none"] = "zipf"
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
+    bf16_auxiliary: bool = False
+    """Compute the auxiliary loss from numbers rounded to bfloat16: faster on CPUs with instructions for it."""
     equal_norms: bool = False
     """Scale every centred token to one norm before encoding."""
     bf16_screening: bool = False
     """Find candidates in bfloat16 and select by their exact scores: faster on CPUs with instructions for it."""
+    prefetch: bool = False
+    """Run the model for the next buffer while training empties this one: for a GPU, or cores to spare."""
     context: int | None = None
     """Tokens per row; the model's own context, at most 256, if not given."""
     row_bos: Literal["yes", "no"] = "yes"
@@ -168,7 +174,6 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
 def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()) -> list["TrainConfig"]:
     """What the flags say, and what follows from the SAEs to go on from, as one config per Site."""
     from saekit.errors import SaekitError
-    from saekit.losses import AuxK, AuxZipf
     from saekit.targets import Site
     from saekit.training.config import TrainConfig
     from saekit.training.schedule import ThenFeatureChoice
@@ -203,12 +208,23 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
             batch_tokens=command.batch_tokens,
             seed=command.seed,
             learning_rate=command.learning_rate,
-            auxiliary={"zipf": AuxZipf(), "k": AuxK(), "none": None}[command.auxiliary],
+            auxiliary=auxiliary_of(command),
             equal_norms=command.equal_norms,
             bf16_screening=command.bf16_screening,
         )
         for site, site_out in pairs
     ]
+
+
+def auxiliary_of(command: Train) -> "AuxZipf | AuxK | None":
+    """Who is asked to explain what is left over."""
+    from saekit.errors import SaekitError
+    from saekit.losses import AuxK, AuxZipf
+
+    bf16 = command.bf16_auxiliary
+    if bf16 and command.auxiliary == "none":
+        raise SaekitError("--bf16-auxiliary is about a loss that --auxiliary none leaves out; leave one of them away")
+    return {"zipf": AuxZipf(bf16=bf16), "k": AuxK(bf16=bf16), "none": None}[command.auxiliary]
 
 
 def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:
@@ -239,7 +255,9 @@ def harvest_of(command: Train, target: "Target", corpus: "Corpus", configs: Sequ
     # a buffer longer than the run would be filled for nothing
     buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
     sites = dict.fromkeys(site for config in configs for site in (config.site, config.site_out) if site is not None)
-    return Harvest(target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens)
+    return Harvest(
+        target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens, prefetch=command.prefetch
+    )
 
 
 def train_and_evaluate(
@@ -256,25 +274,19 @@ def train_and_evaluate(
     from saekit.activations.harvest import checksum
     from saekit.checkpoint import check_writable
     from saekit.sae_config import with_metadata
-    from saekit.training.loop import train
 
     folders = [command.out if len(configs) == 1 else command.out / folder_of(c) for c in configs]
     for folder in folders:
         check_writable(folder)
-    first = configs[0]
-    with Progress("training", first.steps * first.batch_tokens, unit="tok") as progress:
-        saes = train(
-            configs,
-            source,
-            model_name=command.model,
-            context_size=corpus.train.context,
-            start=starts or None,
-            device=command.device,
-            on_step=lambda step, reports: progress.to(
-                step * first.batch_tokens, f"fvu {float(reports[0].fvu):.3f}" if step % 10 == 0 else ""
-            ),
-            run_file=run_file,
-        )
+    saes, speed = train_with_progress(
+        configs,
+        source,
+        model_name=command.model,
+        context_size=corpus.train.context,
+        start=starts or None,
+        device=command.device,
+        run_file=run_file,
+    )
     for sae, folder in zip(saes, folders, strict=True):
         sae.cfg = with_metadata(
             sae.cfg,
@@ -292,7 +304,7 @@ def train_and_evaluate(
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
     return [
-        evaluate_saved(sae, target, corpus, config, source, folder)
+        evaluate_saved(sae, target, corpus, config, source, folder) | speed
         for sae, config, folder in zip(saes, configs, folders, strict=True)
     ]
 
@@ -370,9 +382,11 @@ def estimate(configs: Sequence["TrainConfig"], source: "Harvest", device: str) -
         for state, batch, pool in zip(states, batches, pools, strict=True):
             train_step(state, *batch, pool=pool if len(pool) else None)
     step_s = (time.perf_counter() - began) / 3 * first.steps
+    # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
+    buffers = 3.5 if source.prefetch else 2.5
     return {
         "weights_mb": round(numbers * 4 / 1e6, 1),
-        "memory_mb": round((numbers * 16 + source.buffer_tokens * 2.5 * row_bytes) / 1e6 + 700),
+        "memory_mb": round((numbers * 16 + source.buffer_tokens * buffers * row_bytes) / 1e6 + 700),
         "disk_mb": round(numbers * 4 / 1e6, 1),
         "harvest_minutes": round(harvest_s / 60, 2),
         "training_minutes": round(step_s / 60, 2),
@@ -386,5 +400,6 @@ def as_text(facts: Sequence[dict[str, Any]]) -> str:
     from .evaluate import metric_lines
 
     return "\n\n".join(
-        "\n".join([f"{fact['sae']}  ({fact['rule']} at {fact['site']})", metric_lines(fact)]) for fact in facts
+        "\n".join([f"{fact['sae']}  ({fact['rule']} at {fact['site']})", metric_lines(fact), speed_line(fact)])
+        for fact in facts
     )

@@ -12,6 +12,9 @@ is these weights and a rule (`Threshold`, most often).
 Weights are stored feature-major, `(n_features, d_model)`, so that an active feature is one contiguous
 row. `W_enc (d_model, n_features)` and `W_dec (n_features, d_out)` are read-only views under the names
 and orientation that the field knows.
+
+`torch.compile` takes a module with an SAE in it and gives the same; its graphs break where entries are selected, so
+`fullgraph=True` is not to be had.
 """
 
 from dataclasses import replace

@@ -5,14 +5,16 @@ import os
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from saekit.activations import buffer
 from saekit.activations.text import Document
-from saekit.errors import DataError, FileError
+from saekit.errors import DataError, FileError, SaekitError
 from saekit.sae import SAE
 from saekit.selection import Threshold
 from saekit.targets import Target
@@ -20,7 +22,7 @@ from saekit.training.pretrain import PretrainConfig, build_model, train_tokenize
 from saekit_cli import evaluate
 from saekit_cli.main import main
 from saekit_cli.output import Progress
-from saekit_cli.train import Train, train_configs
+from saekit_cli.train import Train, auxiliary_of, train_configs
 
 WORDS = ["the", "small", "model", "reads", "a", "few", "words", "and", "counts", "them", "again", "slowly"]
 METRICS = {
@@ -314,6 +316,19 @@ def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):
     assert recipe["then"].startswith("ThenFeatureChoice(at=0.5")
 
 
+def test_prefetching_trains_the_same_sae_and_training_says_what_its_time_went_into(place, tmp_path, capsys):
+    with mock.patch.object(buffer, "one_ahead", wraps=buffer.one_ahead) as ahead:
+        assert main(train_arguments(place, tmp_path / "plain", "--json")) == 0
+        plain = facts_of(capsys)
+        assert not ahead.called
+        assert main(train_arguments(place, tmp_path / "ahead", "--prefetch")) == 0
+        assert ahead.called
+    assert plain["training_seconds"].keys() >= {"harvest", "buffer", "step", "logging", "calibration"}
+    assert re.search(r"trained on [\d,]+ tokens/s: .*step \d+\.\d s", capsys.readouterr().out)
+    for ours, theirs in zip(*(SAE.load(tmp_path / name).parameters() for name in ("ahead", "plain")), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_thresholds_are_fine_tuned_from_an_sae_that_is_there(place, tmp_path, capsys):
     assert main(train_arguments(place, tmp_path / "first", "--json")) == 0
     first = facts_of(capsys)
@@ -451,6 +466,18 @@ def test_an_sae_of_another_width_is_refused_by_name_and_size(place, tmp_path, ca
     )
     assert code == 1
     assert "encodes rows of 24 numbers, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("auxiliary", ["zipf", "k"])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_auxiliary_loss_rounds_where_the_command_line_asks_for_it(auxiliary, rounds):
+    assert auxiliary_of(Train(auxiliary=auxiliary, bf16_auxiliary=rounds)).bf16 == rounds
+
+
+def test_rounding_a_loss_that_there_is_not_is_refused():
+    assert auxiliary_of(Train(auxiliary="none")) is None
+    with pytest.raises(SaekitError, match="--auxiliary none leaves out; leave one"):
+        auxiliary_of(Train(auxiliary="none", bf16_auxiliary=True))
 
 
 @pytest.mark.parametrize("screens", [False, True])

@@ -1,4 +1,4 @@
-"""SAEs inside a module that `torch.compile` works on: selection stays outside of the graphs, and nothing else changes."""
+"""SAEs inside a module that `torch.compile` works on: selection stays outside of the graphs, and the results stay."""
 
 from unhooked import run_cases
 

@@ -10,7 +10,7 @@ from saekit import revival
 from saekit.codes import SparseCodes
 from saekit.density import RunningDensity, ZipfFit, expected_density, zipf_fit
 from saekit.errors import SaekitError
-from saekit.kernels import select
+from saekit.kernels import backend, select
 from saekit.losses import (
     AuxK,
     AuxZipf,
@@ -325,6 +325,25 @@ def test_aux_k_loss_is_aux_zipf_loss_in_which_nobody_is_under_used(k_aux, dead):
         assert not torch.equal(zipf(below=0.5, most_members=1.0), aux_k)
     else:
         assert not torch.equal(zipf(below=0.0), aux_k)  # half of the dictionary at most
+
+
+@pytest.mark.parametrize("kind", [AuxK, AuxZipf])
+@pytest.mark.parametrize("fast", [False, True])
+def test_in_bfloat16_the_loss_and_its_gradient_are_nearly_the_same(fast, kind, monkeypatch):
+    monkeypatch.setattr(backend, "has_fast_bf16", lambda: fast)
+    sae, x = random_sae(), inputs()
+    codes, density = sae.encode(x), density_with(member_mask(MEMBERS) * 1000, zipf_densities(N_FEATURES))
+
+    def made(bf16: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = aux_k_loss if kind is AuxK else aux_zipf_loss
+        value = loss(sae, x, codes, density=density, options=kind(k_aux=2, dead_after=999, bf16=bf16))
+        return value, gradients(value, sae)
+
+    (exact, slopes), (rounded, rough) = made(False), made(True)
+    assert torch.equal(exact, rounded) == (not fast)
+    torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
+    for name in ("encoder", "decoder", "b_enc"):
+        assert (rough[name] - slopes[name]).norm() < 2e-2 * slopes[name].norm()
 
 
 def test_early_on_few_firings_have_been_seen_whatever_the_horizon():

@@ -141,7 +141,7 @@ def test_a_folder_is_no_file_to_write(tmp_path):
 def test_a_device_that_is_not_there_is_one_line(device, capsys):
     assert main(["steer", "x", "--features", "1", "--device", device]) == 1
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"Error: --device {device} cannot be used \(.*\); `saekit doctor` lists the devices of this machine\n", err)
+    assert re.fullmatch(rf"Error: --device {device} cannot be used \(.*\); `saekit doctor` lists .*\n", err)
 
 
 @pytest.mark.parametrize("flags", [["--sae", "a", "--sae", "b"], ["--least-edge=1", "--least_edge", "2"]], ids=str)

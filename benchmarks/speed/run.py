@@ -1,6 +1,6 @@
 """One training step against the encoder product that it cannot do without: saekit's rules, and other libraries.
 
-    python -m benchmarks.speed.run [--quick] [--gpu] [--peers PYTHON] [--threads 1] [--rounds 3] [--out FILE.csv]
+    python -m benchmarks.speed.run [--quick] [--gpu] [--growth] [--peers PYTHON] [--threads 1] [--rounds 3] [--out FILE]
 
 README.md beside this file explains the columns. The tests that the numbers rest on run first, and nothing is timed
 while one is red. Every contender is a process of its own, and they take turns in rounds; in each process the encoder
@@ -26,9 +26,11 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 CPU = ("2048x512x8192x32", "4096x768x24576x32", "2048x256x65536x32")
 GPU = ("8192x4096x131072x64", "32768x768x32768x32", "8192x2304x65536x64")
+# how the cost grows with the dictionary
+GROWTH = tuple(f"2048x256x{n_features}x32" for n_features in (4096, 8192, 16384, 32768, 65536))
 QUICK = ("512x128x2048x32",)
 # what the numbers rest on
-TESTS = ("kernels", "screen", "triton", "selection", "losses", "descent", "training", "resume")
+TESTS = ("kernels", "threads", "screen", "triton", "selection", "losses", "descent", "training", "resume")
 # beyond this the definition sorts for minutes
 MOST_FOR_REFERENCE = 1 << 25
 COLUMNS = (
@@ -42,7 +44,8 @@ def main() -> int:
     if not options.untested and not tests_pass():
         note("the tests are red, so no number would mean anything; make them pass first")
         return 1
-    sizes = options.sizes or (QUICK if options.quick else GPU if options.gpu else CPU)
+    asked = QUICK if options.quick else GPU if options.gpu else GROWTH if options.growth else CPU
+    sizes = options.sizes or asked
     rows = [row for size in map(Size.parse, sizes) for row in compare(size, options)]
     print(table(rows))
     if options.out:
@@ -55,6 +58,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small size, to see that all of it runs")
     parser.add_argument("--gpu", action="store_true", help="the sizes for a GPU, on cuda")
+    parser.add_argument(
+        "--growth", action="store_true", help="4,096 to 65,536 features at the same k; --only topk fits"
+    )
     parser.add_argument("--sizes", nargs="+", help="tokens x d_model x features x k, as 2048x512x8192x32")
     parser.add_argument("--only", nargs="+", help="contenders whose names begin so")
     parser.add_argument("--peers", type=Path, help="the interpreter of an environment with the other libraries")

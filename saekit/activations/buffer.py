@@ -12,6 +12,8 @@ from dataclasses import replace
 import torch
 
 from saekit.activations.batch import ActivationBatch
+from saekit.activations.clock import spent_on
+from saekit.activations.prefetch import one_ahead
 from saekit.activations.stream import BUFFER_ORDER, START, Place, generator_for
 from saekit.errors import SaekitError
 from saekit.targets import Site
@@ -28,6 +30,7 @@ class Shuffled(Iterator[SiteBatches]):
 
     Args:
         start: where to go on; the batches are those that a stream from the beginning gives from there on.
+        prefetch: fill the next buffer in a thread while this one is emptied; the same batches, for twice the memory.
 
     Attributes:
         place: where the next batch begins.
@@ -36,26 +39,42 @@ class Shuffled(Iterator[SiteBatches]):
         SaekitError: if the buffer is smaller than a batch, or (when they come) Sites differ in their number of rows.
     """
 
-    def __init__(self, reads: Reads, *, batch_tokens: int, buffer_tokens: int, seed: int, start: Place = START):
+    def __init__(
+        self,
+        reads: Reads,
+        *,
+        batch_tokens: int,
+        buffer_tokens: int,
+        seed: int,
+        start: Place = START,
+        prefetch: bool = False,
+    ):
         if buffer_tokens < batch_tokens:
             raise SaekitError(
                 f"a buffer of {buffer_tokens:,} tokens cannot give batches of {batch_tokens:,}; "
                 "raise buffer_tokens, or lower batch_tokens"
             )
         self.place = start
-        self._batches = _batches(reads, batch_tokens, buffer_tokens // batch_tokens, seed, start)
+        per_buffer = buffer_tokens // batch_tokens
+
+        def buffers(through: Callable[[Iterable], Iterable]) -> Iterator[tuple[SiteBatches, Place]]:
+            return _buffers(lambda epoch, n: through(reads(epoch, n)), per_buffer * batch_tokens, start)
+
+        filled = one_ahead(buffers) if prefetch else buffers(iter)
+        self._batches = _batches(filled, batch_tokens, per_buffer, seed, start)
 
     def __next__(self) -> SiteBatches:
-        batches, self.place = next(self._batches)
+        with spent_on("buffer"):
+            batches, self.place = next(self._batches)
         return batches
 
 
 def _batches(
-    reads: Reads, batch_tokens: int, per_buffer: int, seed: int, start: Place
+    filled: Iterator[tuple[SiteBatches, Place]], batch_tokens: int, per_buffer: int, seed: int, start: Place
 ) -> Iterator[tuple[SiteBatches, Place]]:
     """Every batch with the place behind it."""
     here = start
-    for held, behind in _buffers(reads, per_buffer * batch_tokens, start):
+    for held, behind in filled:
         order = torch.randperm(per_buffer * batch_tokens, generator=generator_for(seed, BUFFER_ORDER, here.buffer))
         parts = order.split(batch_tokens)
         for given in range(here.given, per_buffer):

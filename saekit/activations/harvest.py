@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.buffer import Shuffled, SiteBatches
+from saekit.activations.clock import spent_on
 from saekit.activations.mask import MaskPolicy, on_grid
 from saekit.activations.stream import READ_ORDER, START, Place, generator_for
 from saekit.activations.tokens import TokenRows
@@ -25,14 +26,19 @@ _READ_TOKENS = 4096
 class Harvest:
     """The activations of `target` at `sites` over `rows`: a `ResumableSource`, and in order for analysis.
 
-    All Sites come from one forward pass, which stops after the deepest of them.
+        All Sites come from one forward pass, which stops after the deepest of them.
 
-    Attributes:
-        batch_rows: token rows per forward pass.
-        buffer_tokens: vectors held for shuffling; rows are read in random order besides.
+        Attributes:
+            batch_rows: token rows per forward pass.
+            buffer_tokens: vectors held for shuffling; rows are read in random order besides.
+    <<<<<<< HEAD
 
-    Raises:
-        DataError: rows with padding before their end.
+        Raises:
+            DataError: rows with padding before their end.
+    =======
+            prefetch: run the model in a thread for the next buffer while this one is used. Worth the memory of a second
+                buffer where the model has a device of its own or cores to spare; the stream is the same.
+    >>>>>>> speed
     """
 
     target: Target
@@ -41,6 +47,7 @@ class Harvest:
     mask: MaskPolicy = MaskPolicy()
     batch_rows: int = 16
     buffer_tokens: int = 1 << 18
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         self.rows.padded_at_end()
@@ -86,12 +93,20 @@ class Harvest:
                     f"the mask leaves out every token of all {len(self.rows):,} rows; give another text or another mask"
                 )
 
-        return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=self.buffer_tokens, seed=seed, start=start)
+        return Shuffled(
+            reads,
+            batch_tokens=batch_tokens,
+            buffer_tokens=self.buffer_tokens,
+            seed=seed,
+            start=start,
+            prefetch=self.prefetch,
+        )
 
     def _read(self, chosen: Int[Tensor, " chosen"]) -> SiteBatches:
-        ids = self.rows.ids[chosen]
-        tensors = self.target.read(ids, list(self.sites))
-        return {site: _addressed(site, tensors[site], chosen, ids, self.rows, self.mask) for site in self.sites}
+        with spent_on("harvest"):
+            ids = self.rows.ids[chosen]
+            tensors = self.target.read(ids, list(self.sites))
+            return {site: _addressed(site, tensors[site], chosen, ids, self.rows, self.mask) for site in self.sites}
 
 
 def _addressed(

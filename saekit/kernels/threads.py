@@ -7,7 +7,7 @@ there are; ranges of rows do not need each other. Where torch has one thread, al
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, current_thread
+from threading import Barrier, Lock, current_thread
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,7 @@ _MOST_RANGES = 4
 # numbers in a range: handing one over takes some 50 microseconds
 _WORTH_A_THREAD = 1 << 15
 _NAME = "saekit-range"
+_making = Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # a child has the pools, but not their threads
 
@@ -54,17 +55,22 @@ def side_by_side(work: Callable[[slice], Result], parts: list[slice]) -> list[Re
 
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that together have `threads` of torch's."""
-    if threads not in _pools:
-        workers = min(_MOST_RANGES, threads)
-        _pools[threads] = ThreadPoolExecutor(workers, thread_name_prefix=_NAME)
-        together = Barrier(workers)
+    with _making:
+        if threads not in _pools:
+            _pools[threads] = _made(threads)
+        return _pools[threads]
 
-        def begin(_: int) -> None:
-            torch.get_num_threads()  # what a thread asks first sets it back to the number of the process
-            torch.set_num_threads(threads // workers)
-            together.wait()
 
-        list(_pools[threads].map(begin, range(workers)))
-        # it holds for the thread that says it, and for all that begin later
-        torch.set_num_threads(threads)
-    return _pools[threads]
+def _made(threads: int) -> ThreadPoolExecutor:
+    workers = min(_MOST_RANGES, threads)
+    pool, together = ThreadPoolExecutor(workers, thread_name_prefix=_NAME), Barrier(workers)
+
+    def begin(_: int) -> None:
+        torch.get_num_threads()  # what a thread asks first sets it back to the number of the process
+        torch.set_num_threads(threads // workers)
+        together.wait()
+
+    list(pool.map(begin, range(workers)))
+    # it holds for the thread that says it, and for all that begin later
+    torch.set_num_threads(threads)
+    return pool

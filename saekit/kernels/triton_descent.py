@@ -73,7 +73,8 @@ def _adam_kernel(
 def project(weight: Float[Tensor, "n_rows width"], grad: Tensor, *, along: bool) -> Float[Tensor, ""]:
     """Sum of the squares of the gradient, of which (if `along`) what lies along its row of weights is taken first."""
     squares = torch.empty(len(weight), device=weight.device)
-    _project_kernel[(len(weight),)](weight, grad, squares, weight.shape[1], PROJECT=along, **_tile(weight))
+    fixed: dict[str, Any] = {"PROJECT": along}
+    _project_kernel[(len(weight),)](weight, grad, squares, weight.shape[1], **fixed, **_tile(weight))
     return squares.sum()
 
 
@@ -94,10 +95,9 @@ def adam(
     # no host ever reads the step: these stay on the device
     rate = (lr / (1 - betas[0] ** step.double())).float()
     spread = (1 - betas[1] ** step.double()).sqrt().float()
-    _adam_kernel[(len(weight),)](
-        weight, grad, mean, square, factor, rate, spread, weight.shape[1],
-        BETA1=betas[0], BETA2=betas[1], EPS=eps, NORMALISE=normalise, **_tile(weight),
-    )  # fmt: skip
+    fixed: dict[str, Any] = {"BETA1": betas[0], "BETA2": betas[1], "EPS": eps, "NORMALISE": normalise}
+    tensors = weight, grad, mean, square, factor, rate, spread
+    _adam_kernel[(len(weight),)](*tensors, weight.shape[1], **fixed, **_tile(weight))
 
 
 def _tile(weight: Tensor) -> dict[str, Any]:

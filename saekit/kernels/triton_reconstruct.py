@@ -103,11 +103,12 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor):  # type: ignore[override]
         values, features, row_starts, w_dec, error, slopes = ctx.saved_tensors
         scale = (2 * grad / max(1, len(error))).to(values.dtype)
-        need_values, *_, need_w, need_b, _ = ctx.needs_input_grad
-        grad_w = grad_b = None
-        if need_w:
+        grad_values = grad_w = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_values = slopes * scale
+        if ctx.needs_input_grad[3]:
             tokens = row_of_entry(row_starts, len(features))
             grad_w = weight_gradient(values * scale, tokens, features, error, w_dec)
-        if need_b:
+        if ctx.needs_input_grad[4]:
             grad_b = error.sum(0) * scale
-        return slopes * scale if need_values else None, None, None, grad_w, grad_b, None
+        return grad_values, None, None, grad_w, grad_b, None

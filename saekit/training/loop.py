@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
+from saekit.activations.clock import spent_on
 from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
@@ -82,7 +83,8 @@ def train(
         states = _begin(configs, cfgs, start or [None] * len(configs), sample, device)
     with Keeper(run_file, states, facts, place) as keeper:
         _take_steps(states, ahead, on_step, keeper)
-    return [_finish(state, ahead) for state in states]
+    with spent_on("calibration"):
+        return [_finish(state, ahead) for state in states]
 
 
 class Ahead:
@@ -130,24 +132,33 @@ def _take_steps(states: Sequence[TrainState], ahead: Ahead, on_step: OnStep, kee
     for step in range(states[0].step + 1, last + 1):
         pools = [ahead.look(state.config.pool_starting_at(state.step)) for state in states]
         batches, place = ahead.take()
-        with keeper.whole_step(place):
+        with keeper.whole_step(place), spent_on("step"):
             reports = [_step(state, batches, pool) for state, pool in zip(states, pools, strict=True)]
-        on_step(step, reports)
+        with spent_on("logging"):
+            on_step(step, reports)
         is_due = keeper.is_due(step)
         if is_due or step % 50 == 0 or step == last:
             _check_finite(states, reports, step)
         if is_due:
-            keeper.save()
+            with spent_on("saving"):
+                keeper.save()
 
 
 def _step(state: TrainState, batches: Batches, pool: Sequence[Batches]) -> Report:
     config, device = state.config, state.sae.b_dec.device
     return train_step(
         state,
-        batches[config.site].vectors.to(device),
-        batches[config.site_out].vectors.to(device) if config.site_out else None,
-        pool=_vectors(pool, config.site).to(device) if pool else None,
+        _brought(batches[config.site].vectors, device),
+        _brought(batches[config.site_out].vectors, device) if config.site_out else None,
+        pool=_brought(_vectors(pool, config.site), device) if pool else None,
     )
+
+
+def _brought(vectors: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The vectors on the device, to which a GPU copies by itself from memory that stays in place."""
+    if device.type == "cuda" and vectors.device.type == "cpu":
+        return vectors.pin_memory().to(device, non_blocking=True)
+    return vectors.to(device)
 
 
 def _finish(state: TrainState, ahead: Ahead) -> SAE:
