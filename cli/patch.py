@@ -112,20 +112,13 @@ class Patch:
 def rows_of(tables: "Mapping[Site, PatchTable]", asked: "Contrast") -> list[dict[str, Any]]:
     """The table, Site by Site; `share` is of the whole difference between the two prompts."""
     tokens = asked.tokens(asked.ids[0])
-    return [
-        {
-            "site": str(site),
-            "position": position,
-            "token": tokens[position],
-            "feature": feature,
-            "effect": effect,
-            "share": effect / float(table.total),
-        }
-        for site, table in tables.items()
-        for position, feature, effect in zip(
-            table.at.position.tolist(), table.at.feature.tolist(), table.effect.tolist(), strict=True
-        )
-    ]
+    rows: list[dict[str, Any]] = []
+    for site, table in tables.items():
+        found = (table.at.position, table.at.feature, table.effect, table.effect / table.total)
+        for position, feature, effect, share in zip(*(column.tolist() for column in found), strict=True):
+            row = (str(site), position, tokens[position], feature, effect, share)
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+    return rows
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

@@ -145,3 +145,11 @@ def test_the_figure_has_every_node_and_edge_and_says_what_raises_the_metric(circ
     assert widths.index(max(widths)) == max(range(len(lines)), key=lambda i: abs(circuit.edges[i].weight))
     colours = {(line.line.color, edge.weight < 0) for line, edge in zip(lines, circuit.edges, strict=True)}
     assert colours == {("#1f77b4", True), ("#d62728", False)}
+
+
+def test_the_largest_features_of_a_figure_have_their_number(circuit):
+    nodes = (*circuit.nodes, *(CircuitNode(0, 1, feature, 1.0, 1e-9) for feature in (100, 101)))
+    features = circuit_figure(Circuit(circuit.sites, nodes, (), 1.0), ["a", "b", "c", "d", "e"]).data[0]
+    want = [f"#{node.feature}" for node in circuit.nodes if node.feature != ERROR]
+    assert sorted(features.text) == sorted([*want, "", ""])
+    assert all(f"#{node.feature}, strength" in "".join(features.hovertext) for node in nodes if node.feature != ERROR)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _WIDEST = 6.0
+# nodes with their number beside them; of all it is shown under the pointer
+_NAMED = 12
 _UP, _DOWN, _GREY = "#1f77b4", "#d62728", "#888888"
 
 
@@ -108,18 +110,21 @@ def circuit_figure(circuit: Circuit, tokens: Sequence[str]) -> "Figure":
         width = _WIDEST * abs(edge.weight) / most
         line = {"color": _DOWN if edge.weight > 0 else _UP, "width": max(width, 0.2)}
         figure.add_scatter(x=[x, to_x], y=[y, to_y], mode="lines", line=line, opacity=0.5, hoverinfo="skip")
+    named = sorted(range(len(circuit.nodes)), key=lambda i: -abs(circuit.nodes[i].effect))[:_NAMED]
     for is_error, symbol in ((False, "circle"), (True, "diamond")):
         chosen = [i for i, node in enumerate(circuit.nodes) if (node.feature == ERROR) == is_error]
         figure.add_scatter(
             x=[place[i][0] for i in chosen],
             y=[place[i][1] for i in chosen],
-            mode="markers",
+            mode="markers+text",
             marker={
                 "symbol": symbol,
                 "size": 11,
                 "color": [_GREY if is_error else _DOWN if circuit.nodes[i].effect > 0 else _UP for i in chosen],
             },
-            text=[_hover(circuit.nodes[i], circuit) for i in chosen],
+            text=[f"#{circuit.nodes[i].feature}" if i in named and not is_error else "" for i in chosen],
+            textposition="bottom center",
+            hovertext=[_hover(circuit.nodes[i], circuit) for i in chosen],
             hoverinfo="text",
         )
     figure.add_scatter(x=[top[0]], y=[top[1]], mode="markers+text", text=["metric"], textposition="top center")
