@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Any, Protocol, Union
+from typing import Annotated, Any, Protocol, Union, get_origin, get_type_hints
 
 import tyro
 
@@ -106,7 +106,7 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises:
         SystemExit: with code 2 for a wrong command line, which tyro explains, and 0 for `--help`.
-        SaekitError: for a config file that cannot be used, or a flag that is there twice.
+        SaekitError: for a config file that cannot be used, or a flag for several values that is there twice.
     """
     _check_given_once(argv)
     choices: list[Any] = [Annotated[None, tyro.conf.Suppress]]
@@ -124,15 +124,18 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _check_given_once(argv: Sequence[str]) -> None:
-    """The parser would take the last and drop the others without a word."""
+    """Of a flag that takes several values, the parser would take the last and drop the others without a word."""
     from saekit.errors import SaekitError
 
+    command = COMMANDS.get(argv[0])
+    kinds = {} if command is None else get_type_hints(command)
+    several = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if get_origin(kind) is tuple}
     flags = [part.partition("=")[0].replace("_", "-") for part in argv if part.startswith("--") and part != "--"]
-    repeated = next((flag for flag in flags if flags.count(flag) > 1), None)
+    repeated = next((flag for flag in flags if flag in several and flags.count(flag) > 1), None)
     if repeated is not None:
         raise SaekitError(
-            f"{repeated} is there {flags.count(repeated)} times; give it once, with all its values after it if it "
-            "takes several"
+            f"{repeated} is there {flags.count(repeated)} times and takes several values; give it once, with all of "
+            "them after it"
         )
 
 

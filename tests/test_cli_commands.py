@@ -68,8 +68,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def train_arguments(place: Path, out: Path, *more: str) -> list[str]:
+    site = [] if "--site" in more else ["--site", "layers.1"]  # takes several values, and so is given once
     return [
-        "train", str(place / "model"), str(place / "text.txt"), "--site", "layers.1", "--k", "4", "--features", "64",
+        "train", str(place / "model"), str(place / "text.txt"), *site, "--k", "4", "--features", "64",
         "--tokens", "4096", "--batch-tokens", "256", "--held-out-rows", "20", "--out", str(out), *more,
     ]  # fmt: skip
 
