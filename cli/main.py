@@ -70,6 +70,9 @@ COMMANDS: dict[str, type[Command]] = {
     "doctor": Doctor,
 }
 
+# several values of one flag belong together here, and a circuit without one of its SAEs would be another circuit
+SEVERAL_SAES = {"circuit", "patch"}
+
 DESCRIPTION = "Train, inspect and patch sparse autoencoders. `saekit COMMAND --help` says more about one command."
 MARKERS = (
     tyro.conf.FlagCreatePairsOff,
@@ -106,7 +109,7 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises:
         SystemExit: with code 2 for a wrong command line, which tyro explains, and 0 for `--help`.
-        SaekitError: for a config file that cannot be used, or a flag that is there twice.
+        SaekitError: for a config file that cannot be used, or a flag of `SEVERAL_SAES` that is there twice.
     """
     _check_given_once(argv)
     choices: list[Any] = [Annotated[None, tyro.conf.Suppress]]
@@ -138,9 +141,11 @@ def _check_device(name: str) -> None:
 
 
 def _check_given_once(argv: Sequence[str]) -> None:
-    """The parser would take the last and drop the others without a word."""
+    """The parser would take the last and drop the others without a word, which scripts use to override a setting."""
     from saekit.errors import SaekitError
 
+    if argv[0] not in SEVERAL_SAES:
+        return
     flags = [part.partition("=")[0].replace("_", "-") for part in argv if part.startswith("--") and part != "--"]
     repeated = next((flag for flag in flags if flags.count(flag) > 1), None)
     if repeated is not None:
