@@ -144,9 +144,9 @@ def test_a_device_that_is_not_there_is_one_line(device, capsys):
     assert re.fullmatch(rf"Error: --device {device} cannot be used \(.*\); `saekit doctor` lists .*\n", err)
 
 
-@pytest.mark.parametrize("flags", [["--sae", "a", "--sae", "b"], ["--least-edge=1", "--least_edge", "2"]], ids=str)
+@pytest.mark.parametrize("flags", [["--sae", "a", "--sae", "b"], ["--site=a", "--site", "b"]], ids=str)
 def test_a_flag_that_is_given_twice_loses_nothing_in_silence(flags, capsys):
     assert main(["circuit", "x", "--answer", "a", "--wrong", "b", *flags]) == 1
     assert re.search(
-        r"--(sae|least-edge) is there 2 times and takes several values; give it once", capsys.readouterr().err
+        r"--(sae|site) is there 2 times and takes several values; give it once", capsys.readouterr().err
     )
