@@ -68,11 +68,11 @@ def explain_step(
         "fvu": float(fvu(vectors, sae(vectors).detach())),
         "controls": controls,
     }
+    found = [_facts_of(target, test_inputs, sae, codes, feature, step, controls) for feature in chosen]
     if attribution is not None:
         facts["error_share"] = attribution.error_share
-    found = [_facts_of(target, test_inputs, sae, codes, feature, step, controls) for feature in chosen]
-    for one in found if attribution is not None else ():
-        one |= _along_paths(target, test_inputs, sae, attribution, one["feature"], step)
+        for one in found:
+            one |= _along_paths(target, test_inputs, sae, attribution, one["feature"], step)
     return facts | {"features": found}
 
 
