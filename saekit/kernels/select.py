@@ -64,6 +64,8 @@ def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: boo
 
 def _epilogue(x: Tensor) -> ModuleType | None:
     """What finds entries of a product without writing it in float32: a module with two functions; None for blocks."""
+    if len(x) == 0:  # nothing to sample a cut from, or to launch on
+        return None
     if backend.uses_triton(x.device):
         from saekit.kernels import triton_encode
 
