@@ -104,6 +104,22 @@ class _CodesAndOutput(torch.nn.Module):
         return codes.to_dense(), self.sae.decode(codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "no bias on the input", "equal norms", "skip"])
+def test_inputs_of_any_type_are_computed_in_that_of_the_weights(kind, dtype):
+    cfg = SAEConfig(
+        d_in=6,
+        d_sae=12,
+        d_out=6 if kind == "skip" else None,
+        apply_b_dec_to_input=kind in ("plain", "equal norms"),
+        normalisation=EqualNorms() if kind == "equal norms" else Plain(),
+    )
+    sae = SAE(6, 12, TopK(3), skip=kind == "skip", cfg=cfg)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(sae(x), sae(x.float()))
+    assert torch.equal(sae.encode(x).values, sae.encode(x.float()).values)
+
+
 @both_norms
 @every_rule
 def test_gradients_are_those_of_the_dense_equations(rule, equal_norms):
