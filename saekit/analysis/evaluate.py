@@ -1,7 +1,7 @@
 """How good is an SAE: reconstruction, sparsity, use of the dictionary, and what splicing it in costs the model.
 
 One pass over the rows reads activations and codes; for language models a second one runs the whole
-model five times per batch: untouched, with the SAE spliced in, and with the Site's output replaced by
+model four times per batch: untouched, with the SAE spliced in, and with the Site's output replaced by
 zero and by its mean. Definitions, since tools differ:
 
     fvu                  squared error over squared distance from the mean vector, over all tokens at once
