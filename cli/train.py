@@ -136,6 +136,8 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
     from saekit.activations.corpus import load_corpus
     from saekit.errors import SaekitError
 
+    if command.context is not None and command.context < 1:
+        raise SaekitError(f"context={command.context}: give at least 1 token for each row, or leave it out")
     if command.context and target.context and command.context > target.context:
         raise SaekitError(
             f"context={command.context:,}, but {target.name} reads at most {target.context:,} tokens; "
@@ -189,6 +191,9 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
         raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
     if command.exponent and command.rule != "feature":
         raise SaekitError(f"--exponent shapes the budgets of --rule feature, not of {command.rule}; leave it away")
+    if command.features is not None and command.features < 1:
+        raise SaekitError(f"features={command.features}: give at least 1, or leave it out")
+    n_features = command.features or (starts[0].n_features if starts else 4096)
     rule, objective = rule_and_objective(command)
     return [
         TrainConfig(
@@ -198,7 +203,7 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
             rule=rule,
             objective=objective,
             then=None if command.then_feature is None else ThenFeatureChoice(at=command.then_feature),
-            n_features=command.features or (starts[0].n_features if starts else 4096),
+            n_features=n_features,
             tokens=command.tokens,
             batch_tokens=command.batch_tokens,
             seed=command.seed,

@@ -167,6 +167,8 @@ def test_stability_refuses_what_has_nothing_to_compare(place, tmp_path, capsys):
     assert "got 1, give at least 2 folders" in capsys.readouterr().err
     assert main(["stability", str(tmp_path / "a"), str(tmp_path / "a"), "--rows", "-1"]) == 1
     assert "rows=-1: give the number of rows to read, or 0" in capsys.readouterr().err
+    assert main(["stability", str(tmp_path / "a"), str(tmp_path / "a"), "--rows", "0", "--text", "stdlib"]) == 1
+    assert "--model and --text say what to read, and --rows 0 reads nothing" in capsys.readouterr().err
     assert main(["stability", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert re.search(
         r"b reads layers\.0:out of .*, .*a layers\.1:out of .*; compare SAEs of one Site", capsys.readouterr().err
@@ -367,6 +369,8 @@ def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, 
         (["--k", "64"], "k=64 on 64 features would keep everything; choose k below the number of features"),
         (["--k", "0"], "give at least 1"),
         (["--tokens", "10"], "raise tokens, or lower batch_tokens"),
+        (["--features", "0"], "features=0: give at least 1, or leave it out"),
+        (["--context", "0"], "context=0: give at least 1 token for each row, or leave it out"),
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
         (["--held-out-rows", "0"], "held_out_rows=0: the SAE is evaluated on text that it was not trained on; hold"),
@@ -394,6 +398,10 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, caps
         (["eval", "{place}/nowhere"], "no file or folder"),
         (["eval", "{place}/model"], "in no format saekit knows"),
         (["export", "{place}/nowhere"], "no file or folder"),
+        (
+            ["convert", "{place}/model", "{place}/new", "--text", "stdlib"],
+            "--model and --text say what --calibrate reads",
+        ),
         (["pretrain", "{place}/new", "--resume"], "nothing to resume"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:1]),

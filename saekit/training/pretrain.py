@@ -165,8 +165,7 @@ def pretrain(
         on_report: called after every step with step, tokens, loss, and now and then held_out.
 
     Raises:
-        FileError: `resume` without a state, a state without `resume`, or a state of other settings than these
-            (`tokens` may differ).
+        FileError: `resume` without a state, a state without `resume`, or one of settings that differ in more than tokens.
         DataError: less text than one batch.
     """
     state_path = check_unfinished(out / STATE_FILE, resume=resume)
