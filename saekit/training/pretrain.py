@@ -165,7 +165,7 @@ def pretrain(
         on_report: called after every step with step, tokens, loss, and now and then held_out.
 
     Raises:
-        FileError: `resume` without a state, a state without `resume`, or one of settings that differ in more than tokens.
+        FileError: `resume` without a state, a state without `resume`, or one whose settings differ by more than tokens.
         DataError: less text than one batch.
     """
     state_path = check_unfinished(out / STATE_FILE, resume=resume)
