@@ -292,6 +292,18 @@ def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert not (tmp_path / "sae").exists()
 
 
+def test_a_dry_run_counts_the_file_of_the_unfinished_run(place, tmp_path, capsys, monkeypatch):
+    wide = ["--features", "2048", "--rule", "mutual"]
+    assert main(train_arguments(place, tmp_path / "sae", *wide, "--dry-run", "--json")) == 0
+    said = facts_of(capsys)["disk_mb"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save", lambda sae, folder: None)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        assert main(train_arguments(place, tmp_path / "sae", *wide)) == 0
+    run_mb = (tmp_path / "sae.unfinished.safetensors").stat().st_size / 1e6
+    assert said == pytest.approx((2 * 2048 * 17 + 16) * 4 / 1e6 + 2 * run_mb, rel=0.05)
+
+
 def test_flags_win_over_the_config_file(place, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("k: 3\nseed: 5\n")
     arguments = train_arguments(place, tmp_path / "sae", "--config", str(tmp_path / "run.yaml"))
