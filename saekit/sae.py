@@ -234,18 +234,6 @@ class SAE(nn.Module):
             skip=None if self.skip is None else self.skip * gain,
         )
 
-    @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Scale every decoder row to unit norm."""
-        self.decoder.copy_(nn.functional.normalize(self.decoder, dim=1))
-
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Remove from the decoder's gradient what would only change the norms of its rows."""
-        grad = self.decoder.grad
-        if grad is not None:
-            grad.sub_((grad * self.decoder).sum(1, keepdim=True) * self.decoder)
-
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the native folder (`saekit.checkpoint` specifies it).
 
