@@ -46,8 +46,11 @@ class Convert:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
+        from saekit.errors import SaekitError
         from saekit.loading import convert, describe, load
 
+        if self.calibrate is None and (self.model or self.text):
+            raise SaekitError("--model and --text say what --calibrate reads; give --calibrate too, or leave them out")
         described = describe(self.sae)
         sae = load(self.sae, input_scale=self.input_scale)
         if self.calibrate is not None:

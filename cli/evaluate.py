@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from saekit.sae import SAE
     from saekit.targets import Site, Target
 
-# the model runs five times over these; the spread of a mean over 40,000 predictions is small already
+# the model runs four times over these; the spread of a mean over 40,000 predictions is small already
 LOSS_ROWS = 160
 
 # how each number is shown to people; the rest of the metrics is for --json

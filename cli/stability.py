@@ -61,6 +61,8 @@ class Stability:
 
         if self.rows < 0:
             raise SaekitError(f"rows={self.rows}: give the number of rows to read, or 0 to compare all features")
+        if self.rows == 0 and (self.model or self.text):
+            raise SaekitError("--model and --text say what to read, and --rows 0 reads nothing; leave one of them out")
         saes = [load(folder, device=self.device) for folder in self.saes]
         check_one_site(self.saes, saes)
         densities = None

@@ -108,6 +108,8 @@ class Train:
         from saekit.loading import load
         from saekit.targets import Target
 
+        from .estimate import estimate
+
         run_file = None if self.dry_run else run_file_of(self)
         target = Target.load(self.model, device=self.device)
         starts = [load(path) for path in self.start]
@@ -115,7 +117,7 @@ class Train:
         corpus = read_corpus(self, target)
         source = harvest_of(self, target, corpus, configs)
         if run_file is None:
-            facts = estimate(configs, source, self.device)
+            facts = estimate(configs, source, self.device, starts=starts)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
             return 0
         facts = train_and_evaluate(self, target, corpus, configs, source, starts=starts, run_file=run_file)
@@ -142,6 +144,8 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
     from saekit.activations.corpus import load_corpus
     from saekit.errors import SaekitError
 
+    if command.context is not None and command.context < 1:
+        raise SaekitError(f"context={command.context}: give at least 1 token for each row, or leave it out")
     if command.context and target.context and command.context > target.context:
         raise SaekitError(
             f"context={command.context:,}, but {target.name} reads at most {target.context:,} tokens; "
@@ -194,6 +198,9 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
         raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
     if command.exponent and command.rule != "feature":
         raise SaekitError(f"--exponent shapes the budgets of --rule feature, not of {command.rule}; leave it away")
+    if command.features is not None and command.features < 1:
+        raise SaekitError(f"features={command.features}: give at least 1, or leave it out")
+    n_features = command.features or (starts[0].n_features if starts else 4096)
     rule, objective = rule_and_objective(command)
     return [
         TrainConfig(
@@ -203,7 +210,7 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
             rule=rule,
             objective=objective,
             then=None if command.then_feature is None else ThenFeatureChoice(at=command.then_feature),
-            n_features=command.features or (starts[0].n_features if starts else 4096),
+            n_features=n_features,
             tokens=command.tokens,
             batch_tokens=command.batch_tokens,
             seed=command.seed,
@@ -353,46 +360,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {f"{package}_version": version(package) for package in ("saekit", "torch", "transformers")}
-
-
-def estimate(configs: Sequence["TrainConfig"], source: "Harvest", device: str) -> dict[str, Any]:
-    """Memory, disk and time of a run; time by doing the first steps of it."""
-    import time
-
-    import torch
-
-    from saekit.training.step import TrainState, train_step
-
-    first = configs[0]
-    widths = source.widths
-    numbers = sum(
-        config.n_features * (widths[config.site] + widths[config.site_out or config.site] + 2) for config in configs
-    )
-    row_bytes = sum(4 * width + 41 for width in widths.values())
-    began = time.perf_counter()
-    one_pass = next(iter(source.in_order()))
-    harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
-    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens].to(device) for site, batch in one_pass.items()}
-    batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
-    states = [TrainState.start(config, *batch) for config, batch in zip(configs, batches, strict=True)]
-    # where budgets are shared over a pool, as many vectors as it holds, whatever they are
-    pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
-    began = time.perf_counter()
-    for _ in range(3):
-        for state, batch, pool in zip(states, batches, pools, strict=True):
-            train_step(state, *batch, pool=pool if len(pool) else None)
-    step_s = (time.perf_counter() - began) / 3 * first.steps
-    # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
-    buffers = 3.5 if source.prefetch else 2.5
-    return {
-        "weights_mb": round(numbers * 4 / 1e6, 1),
-        "memory_mb": round((numbers * 16 + source.buffer_tokens * buffers * row_bytes) / 1e6 + 700),
-        "disk_mb": round(numbers * 4 / 1e6, 1),
-        "harvest_minutes": round(harvest_s / 60, 2),
-        "training_minutes": round(step_s / 60, 2),
-        "passes_over_text": round(first.tokens / max(1, source.rows.ids.numel()), 2),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def as_text(facts: Sequence[dict[str, Any]]) -> str:

@@ -70,7 +70,11 @@ class CodesFile:
         return codes
 
     def rows(self, start: int, stop: int) -> SparseCodes:
-        """The codes of tokens `start` to `stop`, as a slice would take them."""
+        """The codes of tokens `start` to `stop`, as a slice would take them.
+
+        Raises:
+            ShapeError: contents that no SAE of this width has written.
+        """
         start, stop, _ = slice(start, stop).indices(self.n_tokens)
         starts = self._array("row_starts")[start : max(start, stop) + 1].astype(np.int64)
         first, end = int(starts[0]), int(starts[-1])
@@ -79,7 +83,7 @@ class CodesFile:
             torch.from_numpy(self._array("features")[first:end].astype(np.int64)),
             torch.from_numpy(starts - first),
             self.n_features,
-        )
+        ).validate()
 
     def _array(self, name: str) -> np.ndarray:
         dtype = _files(self.n_features)[name]

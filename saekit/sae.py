@@ -149,7 +149,8 @@ class SAE(nn.Module):
     def encode(self, x: Float[Tensor, "n_tokens d_model"]) -> SparseCodes:
         """The codes of each row of `x`; never holds `(n_tokens, n_features)`.
 
-        They are in units of `x`, unless `cfg.normalisation` leaves them in its own.
+        They are in units of `x`, unless `cfg.normalisation` leaves them in its own. Whatever the type of `x`, they
+        are computed in that of the weights.
 
         Raises:
             ShapeError: if `x` is not `(n_tokens, d_model)`.
@@ -160,6 +161,7 @@ class SAE(nn.Module):
                 f"pass activations of its Site{f' ({self.cfg.hook_name})' if self.cfg.hook_name else ''} "
                 "as (n_tokens, d_model)"
             )
+        x = x.to(self.b_dec.dtype)
         if isinstance(self.cfg.normalisation, Plain) and self.cfg.apply_b_dec_to_input and not x.requires_grad:
             # the same as below, for less in the backward pass
             bias = shifted_bias(self.b_enc, self.b_dec, self.encoder)
@@ -192,6 +194,7 @@ class SAE(nn.Module):
                 f"(it has {'a skip connection' if self.skip is not None else self.cfg.normalisation}), got "
                 f"{None if x is None else tuple(x.shape)}; call decode(codes, x)"
             )
+        x = None if x is None else x.to(self.b_dec.dtype)
         output = decode_rows(codes.values, codes.features, codes.row_starts, self.decoder) + self.b_dec
         output = self.cfg.normalisation.restore(output, x)
         return output if self.skip is None or x is None else output + x @ self.skip.T
@@ -233,18 +236,6 @@ class SAE(nn.Module):
             b_dec=self.b_dec * out_scale,
             skip=None if self.skip is None else self.skip * gain,
         )
-
-    @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Scale every decoder row to unit norm."""
-        self.decoder.copy_(nn.functional.normalize(self.decoder, dim=1))
-
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Remove from the decoder's gradient what would only change the norms of its rows."""
-        grad = self.decoder.grad
-        if grad is not None:
-            grad.sub_((grad * self.decoder).sum(1, keepdim=True) * self.decoder)
 
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the native folder (`saekit.checkpoint` specifies it).

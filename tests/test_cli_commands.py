@@ -170,6 +170,8 @@ def test_stability_refuses_what_has_nothing_to_compare(place, tmp_path, capsys):
     assert "got 1, give at least 2 folders" in capsys.readouterr().err
     assert main(["stability", str(tmp_path / "a"), str(tmp_path / "a"), "--rows", "-1"]) == 1
     assert "rows=-1: give the number of rows to read, or 0" in capsys.readouterr().err
+    assert main(["stability", str(tmp_path / "a"), str(tmp_path / "a"), "--rows", "0", "--text", "stdlib"]) == 1
+    assert "--model and --text say what to read, and --rows 0 reads nothing" in capsys.readouterr().err
     assert main(["stability", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     assert re.search(
         r"b reads layers\.0:out of .*, .*a layers\.1:out of .*; compare SAEs of one Site", capsys.readouterr().err
@@ -293,6 +295,18 @@ def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert not (tmp_path / "sae").exists()
 
 
+def test_a_dry_run_counts_the_file_of_the_unfinished_run(place, tmp_path, capsys, monkeypatch):
+    wide = ["--features", "2048", "--rule", "mutual"]
+    assert main(train_arguments(place, tmp_path / "sae", *wide, "--dry-run", "--json")) == 0
+    said = facts_of(capsys)["disk_mb"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SAE, "save", lambda sae, folder: None)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        assert main(train_arguments(place, tmp_path / "sae", *wide)) == 0
+    run_mb = (tmp_path / "sae.unfinished.safetensors").stat().st_size / 1e6
+    assert said == pytest.approx((2 * 2048 * 17 + 16) * 4 / 1e6 + 2 * run_mb, rel=0.05)
+
+
 def test_flags_win_over_the_config_file(place, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("k: 3\nseed: 5\n")
     arguments = train_arguments(place, tmp_path / "sae", "--config", str(tmp_path / "run.yaml"))
@@ -383,6 +397,8 @@ def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, 
         (["--k", "64"], "k=64 on 64 features would keep everything; choose k below the number of features"),
         (["--k", "0"], "give at least 1"),
         (["--tokens", "10"], "raise tokens, or lower batch_tokens"),
+        (["--features", "0"], "features=0: give at least 1, or leave it out"),
+        (["--context", "0"], "context=0: give at least 1 token for each row, or leave it out"),
         (["--context", "10000"], "reads at most 32 tokens; choose a context up to that"),
         (["--held-out-rows", "100000"], "fewer held-out rows"),
         (["--held-out-rows", "0"], "held_out_rows=0: the SAE is evaluated on text that it was not trained on; hold"),
@@ -410,6 +426,10 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, caps
         (["eval", "{place}/nowhere"], "no file or folder"),
         (["eval", "{place}/model"], "in no format saekit knows"),
         (["export", "{place}/nowhere"], "no file or folder"),
+        (
+            ["convert", "{place}/model", "{place}/new", "--text", "stdlib"],
+            "--model and --text say what --calibrate reads",
+        ),
         (["pretrain", "{place}/new", "--resume"], "nothing to resume"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:1]),

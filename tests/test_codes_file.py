@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saekit.codes_file import CodesFile, write_codes
-from saekit.errors import FileError
+from saekit.errors import FileError, ShapeError
 from saekit.sae import SAE
 from saekit.selection import SelectionRule, Threshold, TopK
 
@@ -31,12 +31,20 @@ def test_codes_come_back_as_they_were_made(rule, n_features, tmp_path):
     assert written == CodesFile.open(tmp_path / "codes")
     assert (written.n_tokens, written.n_features, written.nnz) == (50, n_features, len(want.values))
     for start, stop in [(0, 50), (7, 33), (16, 16), (48, 99), (50, 50)]:
-        got, part = written.rows(start, stop).validate(), want.select(torch.arange(50)[start:stop])
+        got, part = written.rows(start, stop), want.select(torch.arange(50)[start:stop])
         assert torch.equal(got.features, part.features) and torch.equal(got.row_starts, part.row_starts)
         torch.testing.assert_close(got.values, part.values.detach())
     bytes_per_entry = 4 + (2 if n_features <= 1 << 16 else 4)
     arrays = [path for path in (tmp_path / "codes").iterdir() if path.suffix != ".json"]
     assert sum(path.stat().st_size for path in arrays) == bytes_per_entry * written.nnz + 8 * 51
+
+
+def test_contents_that_no_sae_has_written_are_refused(tmp_path):
+    written = write_codes(random_sae(TopK(3), 40), vectors().split(16), tmp_path / "codes")
+    path = tmp_path / "codes" / "features.u16"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ShapeError, match="features reach from 65535 to 65535, outside a dictionary of 40"):
+        written.rows(0, 9)
 
 
 def test_no_batches_are_no_rows(tmp_path):

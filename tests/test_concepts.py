@@ -439,11 +439,6 @@ def test_white_space_counts_where_there_is_nothing_else_and_for_what_is_about_it
         assert [piece for piece, word in zip(pieces, words, strict=True) if word & BIT[name]] == tokens, name
 
 
-def test_base_rates_are_shares_of_known_tokens(tokenizer):
-    labels = label_tokens(rows_of(DOCUMENTS, tokenizer), DOCUMENTS)
-    torch.testing.assert_close(labels.base_rates(), labels.dense()[labels.known].float().mean(0))
-
-
 def test_documents_that_the_rows_do_not_come_from_are_refused(tokenizer):
     with pytest.raises(DataError, match="pass the documents that tokenize_documents was given"):
         label_tokens(rows_of(DOCUMENTS, tokenizer), DOCUMENTS[::-1])

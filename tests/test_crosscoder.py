@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
-from saekit.crosscoder import Crosscoder
+from saekit.activations.harvest import TensorSource
+from saekit.activations.stream import START, Place, PlacedStream
+from saekit.crosscoder import Crosscoder, join
 from saekit.errors import FileError, SaekitError, ShapeError
 from saekit.losses import fvu
 from saekit.sae import SAE
@@ -17,6 +19,7 @@ from saekit.training import crosscoder as training
 from saekit.training import loop
 from saekit.training.config import TrainConfig
 from saekit.training.crosscoder import train_crosscoder
+from saekit.training.saved_run import RunFile
 
 EARLY, LATE = Site.parse("layers.1"), Site.parse("layers.4")
 WIDTHS = {EARLY: 8, LATE: 12}
@@ -58,6 +61,12 @@ class Shared:
             seed += 1
             drawn = self.draw(batch_tokens, seed)
             yield {site: ActivationBatch.from_vectors(x) for site, x in drawn.items()}
+
+
+@pytest.fixture
+def small_samples(monkeypatch) -> None:
+    monkeypatch.setattr(loop, "SAMPLE_TOKENS", 2048)
+    monkeypatch.setattr(training, "SAMPLE_TOKENS", 2048)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +115,68 @@ def test_a_feature_that_is_missing_at_a_site_writes_nothing_there(trained):
     torch.testing.assert_close(norms.square().sum(1), torch.ones(24), atol=1e-4, rtol=0)
     share = norms[best, 0] / norms[best].sum(1)
     assert share[0] < 0.15 and share[1:].min() > 0.25
+
+
+def test_training_goes_on_from_a_crosscoder(trained, small_samples):
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=256, batch_tokens=256, learning_rate=1e-6)
+    going_on = train_crosscoder(config, Shared(), [EARLY, LATE], start=trained)
+    x = Shared().draw(2048, seed=999_999)
+    with torch.no_grad():
+        before, after = trained.decode(trained.encode(x)), going_on.decode(going_on.encode(x))
+    for site in WIDTHS:
+        assert float(fvu(x[site], after[site])) == pytest.approx(float(fvu(x[site], before[site])), abs=0.02)
+    swapped = Crosscoder(SAE(20, 24, TopK(2)), {LATE: 12, EARLY: 8})
+    with pytest.raises(SaekitError, match=r"give the whole Crosscoder of layers\.1:out, layers\.4:out, in that order"):
+        train_crosscoder(config, Shared(), [EARLY, LATE], start=swapped)
+
+
+class Cached:
+    """The same, as two caches that can be read again from any place."""
+
+    widths = WIDTHS
+
+    def __init__(self) -> None:
+        drawn = Shared().draw(2048, seed=0)
+        self.joined = TensorSource(site=EARLY, vectors=join(drawn, WIDTHS), buffer_tokens=512)
+
+    def facts(self) -> dict[str, str | int | float | bool | None]:
+        return self.joined.facts()
+
+    def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> PlacedStream:
+        return Apart(self.joined.stream(batch_tokens, seed=seed, start=start))
+
+
+class Apart:
+    def __init__(self, stream: PlacedStream):
+        self.stream = stream
+
+    @property
+    def place(self) -> Place:
+        return self.stream.place
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[Site, ActivationBatch]:
+        parts = next(self.stream)[EARLY].vectors.split(list(WIDTHS.values()), dim=1)
+        return {site: ActivationBatch.from_vectors(part) for site, part in zip(WIDTHS, parts, strict=True)}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=8 * 256, batch_tokens=256)
+    whole = train_crosscoder(config, Cached(), [EARLY, LATE])
+    path = tmp_path / "run.safetensors"
+
+    def stop(step: int, reports: object) -> None:
+        if step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stop, run_file=RunFile(path=path, every=2))
+    resumed = train_crosscoder(config, Cached(), [EARLY, LATE], run_file=RunFile(path=path, resume=True))
+    assert torch.equal(resumed.sae.encoder, whole.sae.encoder) and torch.equal(resumed.sae.decoder, whole.sae.decoder)
+    with pytest.raises(SaekitError, match="Shared cannot say what and where it reads, so its run cannot be resumed"):
+        train_crosscoder(config, Shared(), [EARLY, LATE], run_file=RunFile(path=tmp_path / "other"))
 
 
 def test_it_comes_back_from_its_folder(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,24 @@ def test_the_cross_entropies_are_those_of_the_edited_model(rows, target, activat
     assert found.ce_recovered == pytest.approx((found.ce_zero - sae_loss) / (found.ce_zero - clean))
     assert found.ce_recovered_mean == pytest.approx((found.ce_mean - sae_loss) / (found.ce_mean - clean))
     assert found.predicted == int((ids[:, 1:] != PAD).sum())
+
+
+@pytest.mark.parametrize(("rule", "most"), [(Threshold(0.3), 2), (MutualChoice(3), 5)], ids=str)
+def test_large_logits_are_read_few_rows_at_a_time_unless_the_rule_minds(rows, target, monkeypatch, rule, most):
+    sizes = []
+
+    def forward(model: nn.Module, ids: Tensor) -> Tensor:
+        sizes.append(len(ids))
+        return model(ids)
+
+    monkeypatch.setattr(target.model, "config", SimpleNamespace(vocab_size=VOCABULARY), raising=False)
+    whole = evaluate(sae_of(rule=rule), target, rows, SITE, batch_rows=5)
+    monkeypatch.setattr("saekit.analysis.evaluate.LOGITS", 2 * CONTEXT * VOCABULARY)
+    model = Target.wrap(target.model, forward=forward)
+    found = evaluate(sae_of(rule=rule), model, rows, SITE, batch_rows=5)
+    assert max(sizes[-4:]) == most
+    for name, value in whole.metrics().items():
+        assert found.metrics()[name] == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize("rule", [TopK(WIDTH), Threshold(0.0)], ids=str)
@@ -350,11 +369,11 @@ def test_a_transcoder_that_writes_what_the_module_does_recovers_everything(targe
 
 
 def test_a_transcoder_whose_sites_are_the_wrong_way_round_is_refused(target, rows):
-    with pytest.raises(SaekitError, match=r"computes embed:out before mix:out.*swap the transcoder's Sites"):
+    with pytest.raises(SaekitError, match=r"reads mix:out later than it writes embed:out; swap"):
         evaluate(transcoder("mix", "embed"), target, rows, Site.parse("mix"))
 
 
 def test_a_transcoder_that_does_not_say_where_it_writes_is_refused(target, rows):
     cfg = SAEConfig(d_in=WIDTH, d_sae=9, d_out=4, apply_b_dec_to_input=False)
-    with pytest.raises(SaekitError, match=r"reads mix:out and does not say which Site its 4 numbers belong to"):
+    with pytest.raises(SaekitError, match=r"the transcoder at mix:out does not record where it writes; give its cfg"):
         evaluate(SAE(WIDTH, 9, TopK(3), cfg=cfg), target, rows, Site.parse("mix"))

@@ -418,3 +418,13 @@ def test_take_cuts_to_the_number_asked_for():
     stream = iter([{FIRST: numbered(0, 3)}, {FIRST: numbered(3, 3)}, {FIRST: numbered(6, 3)}])
     assert take(stream, 5, FIRST).document.tolist() == [0, 1, 2, 3, 4]
     assert next(stream)[FIRST].document.tolist() == [6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_vectors_of_any_type_are_a_source_of_float32(dtype):
+    vectors = torch.arange(64.0).view(32, 2)
+    source = TensorSource(site=FIRST, vectors=vectors.to(dtype), buffer_tokens=32)
+    batch = next(source.stream(8, seed=0))[FIRST]
+    assert batch.vectors.dtype is torch.float32
+    other = TensorSource(site=FIRST, vectors=(vectors + 1).to(dtype), buffer_tokens=32)
+    assert source.facts()["vectors_checksum"] != other.facts()["vectors_checksum"]

@@ -147,6 +147,4 @@ def test_a_device_that_is_not_there_is_one_line(device, capsys):
 @pytest.mark.parametrize("flags", [["--sae", "a", "--sae", "b"], ["--site=a", "--site", "b"]], ids=str)
 def test_a_flag_that_is_given_twice_loses_nothing_in_silence(flags, capsys):
     assert main(["circuit", "x", "--answer", "a", "--wrong", "b", *flags]) == 1
-    assert re.search(
-        r"--(sae|site) is there 2 times and takes several values; give it once", capsys.readouterr().err
-    )
+    assert re.search(r"--(sae|site) is there 2 times and takes several values; give it once", capsys.readouterr().err)

@@ -190,9 +190,9 @@ def test_resuming_needs_a_state_and_a_state_needs_resuming(tmp_path):
 def test_a_state_that_is_damaged_or_of_another_model_is_refused(tmp_path):
     with pytest.raises(Stopped):
         pretrain(TINY, tmp_path, save_every=1, on_report=interrupt_at(2))
-    for config in (replace(TINY, d_model=32), replace(TINY, n_layers=3)):
-        with pytest.raises(FileError, match=f"{STATE_FILE} does not fit this config, .*; resume with the sizes it"):
-            pretrain(config, tmp_path, resume=True)
+    for name, value in {"d_model": 32, "n_layers": 3, "seed": 7, "hidden_lr": 1.0}.items():
+        with pytest.raises(FileError, match=rf"{name} = .*, and this one has {value}; resume with the settings it was"):
+            pretrain(replace(TINY, **{name: value}), tmp_path, resume=True)
     state = tmp_path / STATE_FILE
     state.write_bytes(state.read_bytes()[:5000])
     with pytest.raises(FileError, match=f"{STATE_FILE} does not fit this config, or is damaged"):

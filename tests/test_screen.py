@@ -46,6 +46,14 @@ def assert_screens_right(rule: SelectionRule, x: Tensor, w: Tensor, b: Tensor) -
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_no_tokens_have_no_codes(rule):
+    _, w, b = whole_numbers(1, 20, seed=0)
+    with bf16_screening():
+        codes = rule.encode(torch.zeros(0, 8), w, b)
+    assert (codes.n_tokens, len(codes.values)) == (0, 0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
 @settings(max_examples=25, deadline=None)
 @given(
     n_tokens=st.integers(20, 90),

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from saekit.activations.corpus import load_corpus, load_rows
+from saekit.activations.mask import MaskPolicy
 from saekit.errors import DataError, FileError, SaekitError
+from saekit.patching import TokenMask
+from saekit.targets import Target
 
 
 def tokenizer_of(**special: str) -> PreTrainedTokenizerFast:
@@ -48,6 +52,9 @@ def test_padding_is_known_only_by_a_token_of_its_own(tmp_path, shared):
     np.save(tmp_path / "ids.npy", IDS)
     tokenizer = tokenizer_of(pad_token="w2", **{shared: "w2"})
     assert load_rows(str(tmp_path / "ids.npy"), tokenizer, context=5)[0].pad is None
+    # nor do interventions take for padding what training has read
+    assert TokenMask.of(Target.wrap(nn.Identity(), tokenizer), MaskPolicy()).pad is None
+    assert TokenMask.of(Target.wrap(nn.Identity(), TOKENIZER), MaskPolicy()).pad == 1
 
 
 def test_padding_at_the_end_of_rows_is_read(tmp_path):

@@ -308,8 +308,8 @@ def test_the_finished_sae_does_in_model_units_what_the_state_does_in_its_own(rul
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_the_unit_of_the_activations_does_not_matter(scale, vectors):
     state = TrainState.start(config(), vectors * scale)
-    x = vectors * scale * state.input_scale - state.sae.b_dec.detach()
-    torch.testing.assert_close(x.square().sum(1).mean(), torch.tensor(float(D_MODEL)))
+    x = vectors * scale * state.input_scale
+    torch.testing.assert_close(x.var(0, correction=0).sum(), torch.tensor(float(D_MODEL)))
     first = train_step(state, vectors[:BATCH] * scale)
     torch.testing.assert_close(
         first.fvu, train_step(TrainState.start(config(), vectors), vectors[:BATCH]).fvu, rtol=1e-3, atol=0
@@ -433,6 +433,13 @@ def test_a_site_that_the_source_lacks_is_refused(vectors):
 def test_nothing_to_train_is_refused(vectors):
     with pytest.raises(SaekitError, match="pass at least one TrainConfig"):
         train([], source_of(vectors))
+
+
+@pytest.mark.parametrize("pre_bias", ["median", "mean", "zero"])
+def test_activations_far_from_zero_are_scaled_by_their_spread(pre_bias, vectors):
+    far = vectors / vectors.std(0) + 10
+    state = TrainState.start(config(pre_bias=pre_bias), far)
+    assert float((far * state.input_scale).var(0, correction=0).mean()) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("pre_bias", ["median", "mean", "zero"])

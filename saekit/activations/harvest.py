@@ -128,7 +128,7 @@ def _addressed(
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSource:
-    """Vectors that are already there: a `ResumableSource` for synthetic data and for other people's caches."""
+    """Vectors that are already there, of any type: a `ResumableSource` for synthetic data and other people's caches."""
 
     site: Site
     vectors: Tensor
@@ -149,7 +149,7 @@ class TensorSource:
     def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Shuffled:
         if len(self.vectors) == 0:
             raise DataError(f"there are no vectors at {self.site}; give at least one batch of them")
-        batch = ActivationBatch.from_vectors(self.vectors).check_finite(self.site)
+        batch = ActivationBatch.from_vectors(self.vectors.float()).check_finite(self.site)
 
         def reads(epoch: int, first: int) -> Iterator[SiteBatches]:
             order = torch.randperm(len(batch), generator=generator_for(seed, READ_ORDER, epoch))
@@ -161,7 +161,8 @@ class TensorSource:
 
 def checksum(tensor: Tensor, before: int = 0) -> int:
     """Differs where the numbers differ; `before` continues that of another tensor."""
-    return crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), before)
+    # by bytes, since numpy does not know every type of torch
+    return crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), before)
 
 
 def take(source: Iterator[SiteBatches], n_tokens: int, site: Site) -> ActivationBatch:

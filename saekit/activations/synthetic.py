@@ -113,11 +113,6 @@ class SyntheticTruth:
         """Share of tokens on which each feature fires; exact."""
         return self.firing.density
 
-    def expected_vector(self) -> Float[Tensor, " d_model"]:
-        """The mean of all vectors: the constant part and what features add on average; exact."""
-        activity = self.density * self.config.mean_magnitude
-        return self.mean + (activity @ self.directions.double()).float()
-
     def draw_codes(self, n_tokens: int, generator: torch.Generator) -> SparseCodes:
         """True codes of `n_tokens` tokens: the features that fire and their magnitudes."""
         tokens, features = self.firing.sample(n_tokens, generator)

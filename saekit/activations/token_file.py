@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from saekit.activations.tokens import TokenRows, bos_of
+from saekit.activations.tokens import TokenRows, bos_of, pad_of
 from saekit.errors import DataError, FileError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def read_token_file(
             f"{path} has rows of {rows.shape[1]:,} ids, but the model reads at most {longest:,}; "
             "save shorter rows, or one flat array"
         )
-    return TokenRows.from_ids(rows, bos=bos, pad=_pad_of(tokenizer)).padded_at_end()
+    return TokenRows.from_ids(rows, bos=bos, pad=pad_of(tokenizer)).padded_at_end()
 
 
 def _load(path: Path) -> np.ndarray:
@@ -95,9 +95,3 @@ def _cut(path: Path, flat: torch.Tensor, context: int, *, opening: int | None) -
         )
     rows = flat[: n_rows * body].view(n_rows, body)
     return rows if opening is None else torch.cat([rows.new_full((n_rows, 1), opening), rows], dim=1)
-
-
-def _pad_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    pad = tokenizer.pad_token_id
-    shared = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    return None if pad is None or pad in shared else int(pad)  # pyright: ignore[reportArgumentType]

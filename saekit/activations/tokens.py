@@ -132,6 +132,14 @@ def bos_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     return None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)  # pyright: ignore[reportArgumentType]
 
 
+def pad_of(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The id that fills rows up; None if the tokenizer has none, or texts use it too: as BOS, end or unknown word."""
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        return None
+    return int(pad)  # pyright: ignore[reportArgumentType]
+
+
 def _encode(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, lead_first: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

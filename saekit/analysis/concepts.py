@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saekit.activations.text import Document
@@ -61,11 +61,6 @@ class ConceptLabels:
     def dense(self) -> Bool[Tensor, "rows context n_concepts"]:
         """The labels of all tokens, a byte for each."""
         return self._unpack(self.bits)
-
-    def base_rates(self) -> Float[Tensor, " n_concepts"]:
-        """The share of the known tokens that carries each concept."""
-        known = self.bits[self.known]
-        return torch.stack([((known >> place) & 1).double().mean() for place in range(len(self.concepts))]).float()
 
     def _unpack(self, bits: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape n_concepts"]:
         return (bits.unsqueeze(-1) >> torch.arange(len(self.concepts), device=bits.device)).bitwise_and_(1).bool()

@@ -1,7 +1,7 @@
 """How good is an SAE: reconstruction, sparsity, use of the dictionary, and what splicing it in costs the model.
 
 One pass over the rows reads activations and codes; for language models a second one runs the whole
-model five times per batch: untouched, with the SAE spliced in, and with the Site's output replaced by
+model four times per batch: untouched, with the SAE spliced in, and with the Site's output replaced by
 zero and by its mean. Definitions, since tools differ:
 
     fvu                  squared error over squared distance from the mean vector, over all tokens at once
@@ -24,19 +24,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from saekit.activations.harvest import Harvest
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
 from saekit.density import ZipfFit, expected_density, underused, zipf_fit
-from saekit.errors import DataError, SaekitError
-from saekit.patching.splice import run_with_saes
+from saekit.errors import DataError
+from saekit.patching.splice import run_with_saes, writing_site
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.targets import Site, Target
+
+# logits held at once, per copy: half a gigabyte of float32
+LOGITS = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +106,7 @@ def evaluate(
     """
     if len(rows) == 0:
         raise DataError("there are no rows to evaluate on; give at least one")
-    written = _written_site(sae, site)
+    written = writing_site(sae, site)
     sites = (site,) if written == site else (site, written)
     harvest = Harvest(target=target, rows=rows, sites=sites, mask=mask, batch_rows=batch_rows)
     reconstruction = _Reconstruction(sae)
@@ -119,9 +122,7 @@ def evaluate(
     losses = _NO_LOSSES
     if loss_rows is None or loss_rows > 0:
         read = rows.select(slice(loss_rows))
-        losses = _language_losses(
-            _Spliced(sae, target, read, site, written, mask), reconstruction.mean, batch_rows, on_progress
-        )
+        losses = _language_losses(sae, target, read, site, mask, reconstruction.mean, batch_rows, on_progress)
     density = reconstruction.density
     fit = zipf_fit(density)
     behind = underused(density, expected_density(density, fit)) & (density > 0)
@@ -203,71 +204,37 @@ def _padded(counts: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(counts, (0, length - len(counts)))
 
 
-def _written_site(sae: SAE, site: Site) -> Site:
-    if not sae.is_transcoder:
-        return site
-    if not sae.cfg.hook_name_out:
-        raise SaekitError(
-            f"this transcoder reads {site} and does not say which Site its {sae.d_out} numbers belong to; "
-            "set hook_name_out in its cfg"
-        )
-    return Site.parse(sae.cfg.hook_name_out)
-
-
-@dataclass(frozen=True, slots=True)
-class _Spliced:
-    """A model that goes on with what the SAE makes of `site`, at `site` or, for a transcoder, at `written`."""
-
-    sae: SAE
-    target: Target
-    rows: TokenRows
-    site: Site
-    written: Site
-    mask: MaskPolicy
-
-    def run(self, ids: Int[Tensor, "batch context"]) -> Tensor:
-        if self.written == self.site:
-            tokens = TokenMask(policy=self.mask, bos=self.rows.bos, pad=self.rows.pad)
-            return run_with_saes(self.target, ids, {self.site: self.sae}, use_error_term=False, mask=tokens)
-        seen: list[Tensor] = []
-
-        def look(x: Tensor) -> Tensor:
-            seen.append(x)
-            return x
-
-        def replace(y: Tensor) -> Tensor:
-            if not seen:
-                raise SaekitError(
-                    f"the model computes {self.written} before {self.site}, so nothing read there can be written here; "
-                    "swap the transcoder's Sites"
-                )
-            keep = self.mask.keep(self.rows, ids, seen[0].float().cpu()).to(y.device)
-            replaced = y.clone()
-            replaced[keep] = self.sae(seen[0][keep].to(self.sae.b_dec)).to(y)
-            return replaced
-
-        return self.target.run(ids, edits={self.site: look, self.written: replace})
-
-
 def _language_losses(
-    spliced: _Spliced, mean: Tensor, batch_rows: int, on_progress: Callable[[int], None]
+    sae: SAE,
+    target: Target,
+    rows: TokenRows,
+    site: Site,
+    mask: MaskPolicy,
+    mean: Float[Tensor, " d_out"],
+    batch_rows: int,
+    on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    target, rows, written = spliced.target, spliced.rows, spliced.written
-    sums: dict[str, float] = dict.fromkeys(("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl"), 0.0)
+    written = writing_site(sae, site)
+    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
+    # each with its own logits, the largest tensors there are: one at a time, beside the clean ones
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "ce_sae": lambda ids: run_with_saes(target, ids, {site: sae}, use_error_term=False, mask=tokens),
+        "ce_zero": lambda ids: target.run(ids, edits={written: torch.zeros_like}),
+        "ce_mean": lambda ids: target.run(ids, edits={written: lambda x: mean.to(x).expand_as(x)}),
+    }
+    sums: dict[str, float] = dict.fromkeys(("ce_clean", *variants, "kl"), 0.0)
     predicted = 0
-    for ids in rows.ids.split(batch_rows):
+    for ids in rows.ids.split(_loss_batch_rows(sae, target, rows, batch_rows)):
         following = ids[:, 1:].flatten()
         wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
-        outputs = {
-            "ce_clean": target.run(ids),
-            "ce_sae": spliced.run(ids),
-            "ce_zero": target.run(ids, edits={written: torch.zeros_like}),
-            "ce_mean": target.run(ids, edits={written: lambda x: mean.to(x).expand_as(x)}),
-        }
-        log_probs = {name: _log_probs(logits)[wanted] for name, logits in outputs.items()}
-        for name, predictions in log_probs.items():
-            sums[name] += float(cross_entropy(predictions, following[wanted].to(predictions.device), reduction="sum"))
-        sums["kl"] += float(kl_div(log_probs["ce_sae"], log_probs["ce_clean"], log_target=True, reduction="sum"))
+        clean = _log_probs(target.run(ids), wanted)
+        sums["ce_clean"] += _nats(clean, following[wanted])
+        for name, run in variants.items():
+            log_probs = _log_probs(run(ids), wanted)
+            sums[name] += _nats(log_probs, following[wanted])
+            if name == "ce_sae":
+                sums["kl"] += float(kl_div(log_probs, clean, log_target=True, reduction="sum"))
+            del log_probs
         predicted += int(wanted.sum())
         on_progress(len(ids))
     if predicted == 0:  # rows of one token, or nothing but padding
@@ -280,5 +247,18 @@ def _language_losses(
     return {**means, **recovered, "predicted": predicted}
 
 
-def _log_probs(logits: Float[Tensor, "batch context vocabulary"]) -> Float[Tensor, "predictions vocabulary"]:
-    return log_softmax(logits[:, :-1].float().flatten(0, 1), dim=-1)
+def _loss_batch_rows(sae: SAE, target: Target, rows: TokenRows, batch_rows: int) -> int:
+    """Fewer rows where the logits of a batch would be too large; never under a rule that the batch decides for."""
+    if sae.rule.looks_across_tokens or target.vocabulary is None:
+        return batch_rows
+    return max(1, min(batch_rows, LOGITS // (rows.context * target.vocabulary)))
+
+
+def _log_probs(
+    logits: Float[Tensor, "batch context vocabulary"], wanted: Bool[Tensor, " predictions"]
+) -> Float[Tensor, "n_wanted vocabulary"]:
+    return log_softmax(logits[:, :-1].flatten(0, 1)[wanted.to(logits.device)].float(), dim=-1)
+
+
+def _nats(log_probs: Float[Tensor, "n_wanted vocabulary"], following: Int[Tensor, " n_wanted"]) -> float:
+    return -float(log_probs.gather(1, following[:, None].to(log_probs.device)).double().sum())

@@ -88,6 +88,8 @@ def _joined(parts: Sequence[Sequence[tuple[Tensor, ...]]]) -> Iterator[Tensor]:
 
 def _epilogue(x: Tensor) -> ModuleType | None:
     """What finds entries of a product without writing it in float32: a module with two functions; None for blocks."""
+    if len(x) == 0:  # nothing to sample a cut from, or to launch on
+        return None
     if backend.uses_triton(x.device):
         from saekit.kernels import triton_encode
 

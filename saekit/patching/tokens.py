@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saekit.activations.mask import MaskPolicy, on_grid
-from saekit.activations.tokens import TokenRows, bos_of
+from saekit.activations.tokens import TokenRows, bos_of, pad_of
 from saekit.errors import SaekitError
 from saekit.targets import Site, Target
 from saekit.targets.passes import Passes
@@ -20,8 +20,8 @@ class TokenMask:
 
     Attributes:
         bos: the id that opens texts, None if there is none.
-        pad: the id that fills rows up. Where the model is given an attention mask, that says what is
-            padding instead, since many tokenizers pad with an id that texts use too.
+        pad: the id that fills rows up, None if there is none or texts use it too. Where the model is given an
+            attention mask, that says what is padding instead.
     """
 
     policy: MaskPolicy = MaskPolicy()
@@ -35,8 +35,7 @@ class TokenMask:
             return mask
         if target.tokenizer is None:
             return cls(policy=mask)
-        pad = getattr(target.tokenizer, "pad_token_id", None)
-        return cls(policy=mask, bos=bos_of(target.tokenizer), pad=None if pad is None else int(pad))
+        return cls(policy=mask, bos=bos_of(target.tokenizer), pad=pad_of(target.tokenizer))
 
 
 @dataclass(frozen=True, slots=True)

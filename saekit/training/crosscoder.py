@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
+from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
 from saekit.crosscoder import Crosscoder, join
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
-from saekit.training.loop import SAMPLE_TOKENS, train
+from saekit.training.loop import SAMPLE_TOKENS, resumable, train
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,52 @@ class Joined:
     def widths(self) -> dict[Site, int]:
         return {self.site: sum(self.source.widths[site] for site in self.scales)}
 
-    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[dict[Site, ActivationBatch]]:
+    def facts(self) -> Mapping[str, str | int | float | bool | None]:
+        """What decides the stream: the source's facts, and the scales.
+
+        Raises:
+            SaekitError: the source cannot say, and so a run that reads it cannot be resumed.
+        """
+        return dict(resumable(self.source).facts()) | {f"scale of {site}": scale for site, scale in self.scales.items()}
+
+    def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Iterator[dict[Site, ActivationBatch]]:
+        if isinstance(self.source, ResumableSource):
+            return _PlacedJoined(self, self.source.stream(batch_tokens, seed=seed, start=start))
+        return map(self.join, self.source.stream(batch_tokens, seed=seed))
+
+    def join(self, batches: Mapping[Site, ActivationBatch]) -> dict[Site, ActivationBatch]:
+        """One batch of the Sites as one of the whole."""
         widths = {site: self.source.widths[site] for site in self.scales}
-        for batches in self.source.stream(batch_tokens, seed=seed):
-            scaled = {site: batches[site].vectors * scale for site, scale in self.scales.items()}
-            first = batches[next(iter(self.scales))]
-            yield {self.site: replace(first, vectors=join(scaled, widths))}
+        scaled = {site: batches[site].vectors * scale for site, scale in self.scales.items()}
+        first = batches[next(iter(self.scales))]
+        return {self.site: replace(first, vectors=join(scaled, widths))}
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedJoined:
+    """A joined stream that is where the stream of its source is."""
+
+    joined: Joined
+    stream: PlacedStream
+
+    @property
+    def place(self) -> Place:
+        return self.stream.place
+
+    def __iter__(self) -> Iterator[dict[Site, ActivationBatch]]:
+        return self
+
+    def __next__(self) -> dict[Site, ActivationBatch]:
+        return self.joined.join(next(self.stream))
 
 
 def train_crosscoder(
-    config: TrainConfig, source: ActivationSource, sites: Sequence[Site], **options: Any
+    config: TrainConfig,
+    source: ActivationSource,
+    sites: Sequence[Site],
+    *,
+    start: Crosscoder | None = None,
+    **options: Any,
 ) -> Crosscoder:
     """Train one dictionary on several Sites of a source.
 
@@ -50,10 +87,12 @@ def train_crosscoder(
 
     Args:
         config: `site` names the whole in reports, and need not be one of `sites`.
+        start: a crosscoder of these Sites whose weights training goes on with.
         options: of `saekit.training.loop.train`.
 
     Raises:
-        SaekitError: fewer than two Sites, one that the source lacks, or a config that does not fit.
+        SaekitError: fewer than two Sites, one that the source lacks, a config that does not fit, or a start that is
+            no crosscoder of these Sites.
     """
     missing = [str(site) for site in sites if site not in source.widths]
     if len(set(sites)) < 2 or len(set(sites)) < len(sites) or missing:
@@ -65,10 +104,17 @@ def train_crosscoder(
         raise SaekitError(
             "a crosscoder writes where it reads and scales each Site as a whole; leave site_out and equal_norms away"
         )
-    scales = _scales(source, sites, config)
-    (sae,) = train([config], Joined(source, config.site, scales), **options)
     widths = {site: source.widths[site] for site in sites}
-    return Crosscoder(_unscaled(sae, source, scales), widths, scales)
+    # the order of the Sites is that of the weights
+    if start is not None and (not isinstance(start, Crosscoder) or list(start.widths.items()) != list(widths.items())):
+        raise SaekitError(
+            f"cannot start from {start}; give the whole Crosscoder of {', '.join(map(str, widths))}, in that order, "
+            "or leave start away"
+        )
+    scales = _scales(source, sites, config)
+    starts = None if start is None else [_for_scaled(start.sae, widths, scales)]
+    (sae,) = train([config], Joined(source, config.site, scales), start=starts, **options)
+    return Crosscoder(_for_scaled(sae, widths, {site: 1 / scale for site, scale in scales.items()}), widths, scales)
 
 
 def _scales(source: ActivationSource, sites: Sequence[Site], config: TrainConfig) -> dict[Site, float]:
@@ -79,11 +125,11 @@ def _scales(source: ActivationSource, sites: Sequence[Site], config: TrainConfig
 
 
 @torch.no_grad()
-def _unscaled(sae: SAE, source: ActivationSource, scales: Mapping[Site, float]) -> SAE:
-    """The same SAE for vectors that nobody has scaled."""
-    per_dimension = torch.cat([torch.full((source.widths[site],), scale) for site, scale in scales.items()])
+def _for_scaled(sae: SAE, widths: Mapping[Site, int], scales: Mapping[Site, float]) -> SAE:
+    """The same SAE for vectors that are multiplied by their Site's scale."""
+    per_dimension = torch.cat([torch.full((width,), scales[site]) for site, width in widths.items()])
     other = sae.rescaled(1.0)
-    other.encoder.mul_(per_dimension.to(other.encoder))
-    other.decoder.div_(per_dimension.to(other.decoder))
-    other.b_dec.div_(per_dimension.to(other.b_dec))
+    other.encoder.div_(per_dimension.to(other.encoder))
+    other.decoder.mul_(per_dimension.to(other.decoder))
+    other.b_dec.mul_(per_dimension.to(other.b_dec))
     return other

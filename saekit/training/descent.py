@@ -1,8 +1,8 @@
 """The end of a step: project, clip, Adam, unit norms, each block of rows in one visit to memory.
 
-Equal to `project_decoder_gradient`, `clip_grad_norm_`, `torch.optim.Adam(fused=True)` and `normalise_decoder`
-in turn, but for the order in which the norm of the gradient is summed. Those pass over weights, gradients and
-moments a dozen times, and all of it waits for memory.
+Equal to taking from the decoder's gradient what would only change the norms of its rows, `clip_grad_norm_`,
+`torch.optim.Adam(fused=True)` and rows of unit norm in turn, but for the order in which the norm of the gradient
+is summed. Those pass over weights, gradients and moments a dozen times, and all of it waits for memory.
 """
 
 from collections.abc import Iterator

@@ -201,12 +201,22 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
 
 
 def _facts(source: ActivationSource, start: Sequence[SAE] | None) -> Mapping[str, Any]:
+    facts = resumable(source).facts()
+    return dict(facts) | {f"start ({n})": fingerprint(sae) for n, sae in enumerate(start or (), start=1)}
+
+
+def resumable(source: ActivationSource) -> ResumableSource:
+    """The same source, if a run that reads it can be resumed.
+
+    Raises:
+        SaekitError: if it cannot.
+    """
     if not isinstance(source, ResumableSource):
         raise SaekitError(
             f"{type(source).__name__} cannot say what and where it reads, so its run cannot be resumed; "
             "train without a run file, or give it `facts` and a `start` (saekit.activations.stream)"
         )
-    return dict(source.facts()) | {f"start ({n})": fingerprint(sae) for n, sae in enumerate(start or (), start=1)}
+    return source
 
 
 def _check_finite(states: Sequence[TrainState], reports: Sequence[Report], step: int) -> None:

@@ -165,7 +165,7 @@ def pretrain(
         on_report: called after every step with step, tokens, loss, and now and then held_out.
 
     Raises:
-        FileError: `resume` without a state, a state without `resume`, or a state of another model.
+        FileError: `resume` without a state, a state without `resume`, or one whose settings differ by more than tokens.
         DataError: less text than one batch.
     """
     state_path = check_unfinished(out / STATE_FILE, resume=resume)
@@ -176,7 +176,7 @@ def pretrain(
     assert rows.bos is not None
     model = build_model(config, rows.bos)
     optimizers = _optimizers(model, config)
-    start = _resume(state_path, model, optimizers) if resume else 0
+    start = _resume(state_path, config, model, optimizers) if resume else 0
     loss_of = torch.compile(next_token_loss) if compile_model else next_token_loss
     batch_rows = config.batch_tokens // config.context
     if len(rows) < batch_rows:
@@ -202,7 +202,7 @@ def pretrain(
         }
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
             report["held_out"] = held_out_nats(model, held_out, max_rows=64)
-            _save_state(state_path, step + 1, model, optimizers)
+            _save_state(state_path, step + 1, config, model, optimizers)
         on_report(report)
 
     export_model(model, tokenizer, config, out)
@@ -240,24 +240,33 @@ def _batch_rows(step: int, batch_rows: int, n_rows: int, seed: int) -> Tensor:
     return order[place * batch_rows : (place + 1) * batch_rows]
 
 
-def _save_state(path: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _save_state(
+    path: Path, step: int, config: PretrainConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for which, optimizer in enumerate(optimizers):
         tensors |= optimizer_tensors(optimizer, f"optimizer.{which}")
-    write_state(path, tensors, {"step": str(step)})
+    write_state(path, tensors, {"step": str(step), "config": json.dumps(asdict(config))})
 
 
-def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+def _resume(path: Path, config: PretrainConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     try:
-        return _restore(path, model, optimizers)
+        return _restore(path, config, model, optimizers)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise FileError(
             f"{path} does not fit this config, or is damaged; resume with the sizes it was started with, or start anew"
         ) from error
 
 
-def _restore(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+def _restore(path: Path, config: PretrainConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     tensors, metadata = read_state(path)
+    saved = json.loads(metadata["config"])
+    for name, value in asdict(config).items():
+        if name != "tokens" and saved[name] != value:  # a run may be made longer or shorter
+            raise FileError(
+                f"{path} was saved by a run with {name} = {saved[name]}, and this one has {value}; "
+                "resume with the settings it was started with, or start anew"
+            )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])

@@ -88,6 +88,11 @@ def save_run(path: Path, states: Sequence[TrainState], place: Place, source: Map
     write_state(path, tensors, {"run": json.dumps(run)})
 
 
+def run_bytes(states: Sequence[TrainState]) -> int:
+    """How large the tensors of a saved run are."""
+    return sum(tensor.nbytes for state in states for tensor in _tensors(state).values())
+
+
 def load_run(
     path: Path,
     configs: Sequence[TrainConfig],

@@ -297,16 +297,16 @@ def cfg_of(config: TrainConfig, d_in: int, d_out: int | None = None) -> SAEConfi
 
 
 def _scale_and_centre(config: TrainConfig, sample: Vectors) -> tuple[float, Float[Tensor, " d_model"]]:
-    """What brings activations to unit variance per dimension, and where their middle is afterwards."""
+    """What brings activations to unit variance per dimension, and where `pre_bias` begins afterwards."""
     # not by their spread: the mean of equal numbers differs from them by rounding
     if bool((sample == sample[0]).all()):
         raise DataError(
             f"all {len(sample):,} activations at {config.site} are equal; there is nothing to learn; check the Site"
         )
-    centre = _centre(config, sample)
-    spread = (sample - centre).square().sum(1).mean().sqrt()
+    # about the mean, whatever pre_bias is: what is far from zero need not spread far
+    spread = (sample - sample.mean(0)).square().sum(1).mean().sqrt()
     scale = float(sample.shape[1] ** 0.5 / spread)
-    return scale, centre * scale
+    return scale, _centre(config, sample) * scale
 
 
 def _centre(config: TrainConfig, sample: Vectors) -> Float[Tensor, " d_model"]:

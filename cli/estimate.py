@@ -1,0 +1,56 @@
+"""What a run of training would take."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saekit.activations.harvest import Harvest
+    from saekit.sae import SAE
+    from saekit.training.config import TrainConfig
+
+
+def estimate(
+    configs: Sequence["TrainConfig"], source: "Harvest", device: str, *, starts: Sequence["SAE"] = ()
+) -> dict[str, Any]:
+    """Memory, disk and time of a run; time by doing the first steps of it."""
+    import time
+
+    import torch
+
+    from saekit.training.saved_run import run_bytes
+    from saekit.training.step import TrainState, train_step
+
+    first = configs[0]
+    widths = source.widths
+    numbers = sum(
+        config.n_features * (widths[config.site] + widths[config.site_out or config.site] + 2) for config in configs
+    )
+    row_bytes = sum(4 * width + 41 for width in widths.values())
+    began = time.perf_counter()
+    one_pass = next(iter(source.in_order()))
+    harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
+    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens].to(device) for site, batch in one_pass.items()}
+    batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
+    states = [
+        TrainState.start(config, *batch, start=start)
+        for config, batch, start in zip(configs, batches, starts or [None] * len(configs), strict=True)
+    ]
+    # where budgets are shared over a pool, as many vectors as it holds, whatever they are
+    pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
+    began = time.perf_counter()
+    for _ in range(3):
+        for state, batch, pool in zip(states, batches, pools, strict=True):
+            train_step(state, *batch, pool=pool if len(pool) else None)
+    step_s = (time.perf_counter() - began) / 3 * first.steps
+    # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
+    buffers = 3.5 if source.prefetch else 2.5
+    return {
+        "weights_mb": round(numbers * 4 / 1e6, 1),
+        "memory_mb": round((numbers * 16 + source.buffer_tokens * buffers * row_bytes) / 1e6 + 700),
+        # the SAE, and the unfinished run, which is there twice while it is replaced
+        "disk_mb": round((numbers * 4 + 2 * run_bytes(states)) / 1e6, 1),
+        "harvest_minutes": round(harvest_s / 60, 2),
+        "training_minutes": round(step_s / 60, 2),
+        "passes_over_text": round(first.tokens / max(1, source.rows.ids.numel()), 2),
+        "threads": torch.get_num_threads(),
+    }
