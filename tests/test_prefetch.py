@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from saekit.activations import prefetch
 from saekit.activations.batch import ActivationBatch
 from saekit.activations.buffer import Shuffled
 from saekit.activations.clock import seconds_by_stage, spent_on
@@ -57,14 +58,27 @@ def test_the_next_buffer_is_filled_by_another_thread_while_this_one_is_used():
     assert reads.done == 6 and not any(name.startswith("Main") for name in reads.threads)
 
 
-def test_when_nobody_wants_more_the_thread_ends():
+def test_when_nobody_wants_more_the_thread_ends_before_its_buffer_is_full(monkeypatch):
+    gate = threading.Event()
+
+    class Stop(threading.Event):
+        def set(self) -> None:
+            super().set()
+            gate.set()
+
+    monkeypatch.setattr(prefetch, "Event", Stop)
     reads = Reads()
-    batches = stream(reads, prefetch=True)
+
+    def held_up(epoch: int, first: int):
+        for batches in reads(epoch, first):
+            yield batches
+            assert reads.done < 9 or gate.wait(60)
+
+    batches = Shuffled(held_up, batch_tokens=3, buffer_tokens=30, seed=1, prefetch=True)
     next(batches)
     del batches
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saekit-prefetch")]
-    done = reads.done
-    assert done <= 7
+    assert reads.done <= 11  # of the 15 that two buffers take
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_its_batch_would_be():
