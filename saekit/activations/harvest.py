@@ -147,7 +147,7 @@ class TensorSource:
 def checksum(tensor: Tensor, before: int = 0) -> int:
     """Differs where the numbers differ; `before` continues that of another tensor."""
     # by bytes, since numpy does not know every type of torch
-    return crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), before)
+    return crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), before)
 
 
 def take(source: Iterator[SiteBatches], n_tokens: int, site: Site) -> ActivationBatch:
