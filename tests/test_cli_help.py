@@ -142,7 +142,7 @@ def test_a_config_file_can_give_what_is_required(bake, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("garms: 3", "no flag in run.yaml named 'garms'; closest of 7: grams"),
+        ("garms: 3", "no flag in run.yaml named 'garms'; closest of 8: grams"),
         ("grams: many", "run.yaml: grams is 'many', expected int; correct it, or leave it out"),
         ("grams: true", "grams is True, expected int"),
         ("heat: hot", "heat is 'hot', expected float"),
