@@ -310,8 +310,8 @@ def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):
     written = plots.write_all(rows, tmp_path / "plots")
     assert [path.name for path in written] == ["fvu.html"]
     figure = plots.figure_of(rows, "inference_fvu", "fvu", logarithmic=True)
-    assert list(figure.data[0].y) == [0.1, 0.2]
-    assert list(figure.data[0].x) == ["topk", "mutual"]
+    assert list(figure.data[0].x) == [0.1, 0.2]
+    assert list(figure.data[0].y) == ["topk", "mutual"]
     assert "cdn" not in written[0].read_text()[:2000]
 
 

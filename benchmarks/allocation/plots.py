@@ -32,22 +32,23 @@ def write_all(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:
 
 
 def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, logarithmic: bool) -> graph_objects.Figure:
-    """One panel per data set, width and k; rules side by side."""
+    """One panel per data set, width and k; a line per rule."""
     panels = sorted({(row["dataset"], int(row["expansion"]), int(row["k"])) for row in rows})
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     titles = [f"{dataset}, {expansion}x, k={k}" for dataset, expansion, k in panels]
-    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.25 / len(panels))
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.18 / len(panels))
     for place, panel in enumerate(panels, start=1):
         here = [row for row in rows if (row["dataset"], int(row["expansion"]), int(row["k"])) == panel]
         scatter = graph_objects.Scatter(
-            x=[row["rule"] for row in here],
-            y=[float(row[column]) for row in here],
+            x=[float(row[column]) for row in here],
+            y=[row["rule"] for row in here],
             text=[f"seed {row['seed']}, learning rate x{row['lr_scale']}, {row['tokens']} tokens" for row in here],
             mode="markers",
             marker={"size": 9, "opacity": 0.7},
             showlegend=False,
         )
         figure.add_trace(scatter, row=place, col=1)
-        figure.update_xaxes(categoryorder="array", categoryarray=rules, row=place, col=1)
-        figure.update_yaxes(type="log" if logarithmic else "linear", title=label, row=place, col=1)
-    return figure.update_layout(height=320 * len(panels), title=label, template="plotly_white")
+        figure.update_yaxes(categoryorder="array", categoryarray=rules[::-1], row=place, col=1)
+        figure.update_xaxes(type="log" if logarithmic else "linear", row=place, col=1)
+    height = 100 + len(panels) * (80 + 24 * len(rules))
+    return figure.update_layout(height=height, title=label, template="plotly_white")
