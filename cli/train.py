@@ -55,6 +55,8 @@ class Train:
     """Mean number of active features per token."""
     exponent: float = 0.0
     """For --rule feature: budgets fall as rank to the minus this; 0 makes them equal."""
+    offset: float = 0.0
+    """For --exponent: added to the rank, which flattens the head of the curve."""
     then_feature: float | None = None
     """Share of the run after which --rule mutual or topk goes on as feature choice, on the curve it has led to."""
     matryoshka: bool = False
@@ -198,6 +200,10 @@ def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()
         raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
     if command.exponent and command.rule != "feature":
         raise SaekitError(f"--exponent shapes the budgets of --rule feature, not of {command.rule}; leave it away")
+    if command.offset and not command.exponent:
+        raise SaekitError(
+            f"--offset {command.offset} flattens a curve, and equal budgets have none; pass --exponent too"
+        )
     if command.features is not None and command.features < 1:
         raise SaekitError(f"features={command.features}: give at least 1, or leave it out")
     n_features = command.features or (starts[0].n_features if starts else 4096)
@@ -250,7 +256,7 @@ def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:
     rules = {
         "topk": lambda: TopK(command.k),
         "mutual": lambda: MutualChoice(command.k),
-        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent),
+        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent, offset=command.offset),
     }
     return rules[command.rule](), Matryoshka() if command.matryoshka else Reconstruction()
 

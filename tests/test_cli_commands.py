@@ -16,7 +16,7 @@ from saekit.activations import buffer
 from saekit.activations.text import Document
 from saekit.errors import DataError, FileError, SaekitError
 from saekit.sae import SAE
-from saekit.selection import Threshold
+from saekit.selection import FeatureChoice, Threshold
 from saekit.targets import Target
 from saekit.training.pretrain import PretrainConfig, build_model, train_tokenizer
 from saekit_cli import evaluate
@@ -389,6 +389,7 @@ def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, 
         (["--site-out", "layers.0", "layers.1"], "2 Sites to reconstruct for 1 to read; give one"),
         (["--rule", "gated", "--matryoshka"], "goes with a rule that has a budget, not with gated; try mutual"),
         (["--rule", "jumprelu", "--then-feature", "0.5"], "goes on from a rule that has a budget, not jumprelu"),
+        (["--rule", "feature", "--offset", "3.0"], "equal budgets have none; pass --exponent too"),
         (["--exponent", "1.0"], "shapes the budgets of --rule feature, not of topk; leave it away"),
         (["--site", "layers.0", "layers.0"], "one Site is named twice"),
         (["--skip"], "skip connection from a Site to itself would explain everything"),
@@ -506,3 +507,9 @@ def test_screening_is_on_where_the_command_line_asks_for_it(screens):
     command = Train(site=("layers.2",), bf16_screening=screens)
     (config,) = train_configs(command, Target.load("pystd"))
     assert config.bf16_screening == screens
+
+
+def test_the_curve_of_feature_choice_is_the_one_asked_for():
+    command = Train(site=("layers.2",), rule="feature", exponent=0.9, offset=3.0, features=512, k=8)
+    (config,) = train_configs(command, Target.load("pystd"))
+    assert config.rule == FeatureChoice(8, exponent=0.9, offset=3.0)
