@@ -153,5 +153,5 @@ def test_200_steps_have_the_loss_curve_of_the_definition(rule, monkeypatch):
     monkeypatch.setattr(losses, "explain_by_token", explained_plainly)
     definition, _ = curve(DefinitionSAE)
     assert (revived > 0).sum() > 150
-    assert definition[-1] < 0.5 * definition[0]
+    assert definition[-1] < 0.7 * definition[0]
     assert ((ours - definition).abs() / definition).max() < 1e-3

@@ -25,7 +25,7 @@ from saekit.training.step import TrainState, geometric_median, measure, train_st
 SITE, OTHER = Site.parse("layers.1"), Site.parse("layers.2")
 BATCH = 256
 OBJECTIVES = [
-    *({"rule": Threshold(0.0), "objective": objective} for objective in (ReLUL1(3), Gated(3), JumpReLU(3))),
+    *({"rule": Threshold(0.0), "objective": objective} for objective in (Gated(3), JumpReLU(3))),
     {"rule": MutualChoice(3), "objective": Matryoshka()},
 ]
 RULES = [TopK(3), MutualChoice(3), FeatureChoice(3), FeatureChoice(3, exponent=1.0)]
@@ -331,7 +331,9 @@ def test_the_first_reconstruction_is_as_large_as_fits_best(changes, equal_norms,
     settings = config(**changes, equal_norms=equal_norms)
     state = TrainState.start(settings, vectors)
     x = state.inputs(vectors)[: settings.batch_tokens]
-    made = settings.objective.measure(state.sae, state.extra, x, x).y_hat.detach() - state.sae.b_dec
+    # features that choose get as many tokens each as all of them compete for
+    competing = state.sae.with_rule(MutualChoice(3)) if isinstance(state.sae.rule, FeatureChoice) else state.sae
+    made = settings.objective.measure(competing, state.extra, x, x).y_hat.detach() - state.sae.b_dec
     centred = x - state.sae.b_dec
     # to the few per cent by which thresholds that are read off a larger sample differ
     torch.testing.assert_close((centred * made).sum(), made.square().sum(), rtol=0.05, atol=0)
@@ -341,9 +343,18 @@ def test_the_first_reconstruction_is_as_large_as_fits_best(changes, equal_norms,
     assert abs(float(lengths[0]) - 1) > 0.05
 
 
-def test_the_encoder_of_a_transcoder_starts_at_unit_norm(vectors):
-    state = TrainState.start(config(site_out=Site("y")), vectors, vectors.flip(1))
-    torch.testing.assert_close(state.sae.encoder.norm(dim=1), torch.ones(state.sae.n_features))
+def test_the_encoder_of_a_transcoder_and_under_an_l1_penalty_starts_at_unit_norm(vectors):
+    transcoder = TrainState.start(config(site_out=Site("y")), vectors, vectors.flip(1))
+    under_l1 = TrainState.start(config(rule=Threshold(0.0), objective=ReLUL1(3)), vectors)
+    for state in (transcoder, under_l1):
+        torch.testing.assert_close(state.sae.encoder.norm(dim=1), torch.ones(state.sae.n_features))
+
+
+def test_a_batch_too_small_for_the_budgets_of_features_is_enough_to_start_from(vectors):
+    rule = FeatureChoice(1, exponent=1.5)
+    state = TrainState.start(config(rule=rule, n_features=48, batch_tokens=64), vectors)
+    mutual = TrainState.start(config(rule=MutualChoice(1), n_features=48, batch_tokens=64), vectors)
+    assert torch.equal(state.sae.encoder, mutual.sae.encoder)
 
 
 def test_the_geometric_median_resists_outliers():

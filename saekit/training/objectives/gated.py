@@ -34,6 +34,7 @@ class Gated:
     k: int
 
     finds_sparsity: ClassVar[bool] = True
+    fits_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_k(type(self).__name__, self.k)

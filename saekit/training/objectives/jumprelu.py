@@ -41,6 +41,7 @@ class JumpReLU:
     bandwidth: float = 0.5
 
     finds_sparsity: ClassVar[bool] = True
+    fits_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_k(type(self).__name__, self.k)

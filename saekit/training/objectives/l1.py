@@ -26,6 +26,7 @@ class ReLUL1:
     k: int
 
     finds_sparsity: ClassVar[bool] = True
+    fits_start: ClassVar[bool] = False  # its activations come out too small as it is
 
     def __post_init__(self) -> None:
         check_k(type(self).__name__, self.k)

@@ -28,6 +28,7 @@ class Matryoshka:
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
     finds_sparsity: ClassVar[bool] = False
+    fits_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rises = all(a < b for a, b in itertools.pairwise((0.0, *self.prefixes)))

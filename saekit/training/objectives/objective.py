@@ -36,6 +36,8 @@ class Objective(Protocol):
 
     finds_sparsity: ClassVar[bool]
     """Whether it decides itself which matches are kept; else the rule does."""
+    fits_start: ClassVar[bool]
+    """Whether a fresh encoder is first scaled to where the reconstruction fits best."""
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         """Starting values of what is trained beside the SAE's own weights, given a sample of its inputs."""

@@ -16,6 +16,7 @@ class Reconstruction:
     """Squared error of the reconstruction: for TopK, Feature Choice and Mutual Choice."""
 
     finds_sparsity: ClassVar[bool] = False
+    fits_start: ClassVar[bool] = True
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
         return {}
