@@ -380,6 +380,7 @@ CHANGES: list[dict] = [
     {"clip": 2.0},
     {"pre_bias": "mean"},
     {"equal_norms": True},
+    {"encoder_start": "unit"},
     {"bf16_screening": True},
     {"auxiliary": DEAD_ONLY},
     {"auxiliary": AuxZipf(dead_after=3)},

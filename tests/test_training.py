@@ -247,6 +247,7 @@ def test_the_auxiliary_loss_counts_with_its_weight(vectors):
         {"warmup": 0.5},
         {"decay": 0.9},
         {"equal_norms": True},
+        {"encoder_start": "unit"},
         {"pre_bias": "zero"},
         {"batch_tokens": BATCH // 2},
     ],

@@ -80,7 +80,8 @@ def train_decision_sae(
     """An SAE with TopK on what a step decides on, live tokens only."""
     site = target.step(step).reads
     source = TensorSource(site=site, vectors=live_only(harvest(target, inputs, step)).vectors)
-    config = TrainConfig(site=site, rule=TopK(k), n_features=n_features, tokens=tokens, seed=seed)
+    # what a decider reads varies in few directions, and an encoder that starts short leaves most features silent on it
+    config = TrainConfig(site=site, rule=TopK(k), n_features=n_features, tokens=tokens, seed=seed, encoder_start="unit")
     return train([config], source, model_name=target.target.name)[0]
 
 

@@ -40,6 +40,8 @@ class TrainConfig:
         clip: largest norm of the gradient. Inputs are brought to unit variance per dimension and the loss
             sums over dimensions, so that this bound acts on every step and means the same on every model.
         pre_bias: where `b_dec` starts: the geometric median or the mean of the first activations, or zero.
+        encoder_start: how long the encoder is at first: as fits best, or unit norm as the decoder
+            (`saekit.training.first_scale`).
         equal_norms: scale every centred token to one norm before encoding.
         ranks_every: steps between new ranks for `FeatureChoice`.
         bf16_screening: find candidates in bfloat16 and select among their exact scores, on CPUs where that is
@@ -64,6 +66,7 @@ class TrainConfig:
     decay: float = 0.5
     clip: float = 1.0
     pre_bias: PreBias = "median"
+    encoder_start: Literal["fit", "unit"] = "fit"
     equal_norms: bool = False
     ranks_every: int = 100
     bf16_screening: bool = False
