@@ -124,7 +124,7 @@ def rows_of(tables: "Mapping[Site, PatchTable]", asked: "Contrast") -> list[dict
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """With a heading, and quotes where a token needs them."""
     text = io.StringIO()
-    writer = csv.DictWriter[str](text, COLUMNS, lineterminator="\n")
+    writer: csv.DictWriter[str] = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
