@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from saekit.activations.mask import MaskPolicy
+from saekit.codes import SparseCodes
 from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.patching.attribution import attribute, difference
-from saekit.patching.effects import EVERYWHERE, Candidates, exact_effects, metric_of, read_prompts, site_effects
+from saekit.patching.effects import (
+    EVERYWHERE,
+    Candidates,
+    Prompts,
+    exact_effects,
+    metric_of,
+    read_prompts,
+    site_effects,
+)
 from saekit.patching.feature_sets import greedy_set, halved_set, read_behaviour
 from saekit.patching.metric import LogitDifference, NextTokenLoss
 from saekit.patching.statistics import bootstrap, matched_features, rank_correlation, with_random_decoder
-from saekit.patching.tokens import TokenMask
+from saekit.patching.tokens import Grid, TokenMask
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import Threshold
@@ -446,3 +455,15 @@ def test_sets_that_make_no_sense_are_refused(sae, behaviour):
         read_behaviour(TARGET, sae, SITE, IDS, IDS, METRIC, mask=MASK)
     with pytest.raises(ShapeError, match=r"so give prompts of the same sizes"):
         read_behaviour(TARGET, sae, SITE, IDS[:2], IDS, METRIC, mask=MASK)
+
+
+def test_a_feature_that_is_active_below_zero_is_a_candidate_too():
+    codes = SparseCodes(
+        values=torch.tensor([0.5, -0.7, 0.0]),
+        features=torch.tensor([3, 1, 2]),
+        row_starts=torch.tensor([0, 1, 2, 3]),
+        n_features=4,
+    )
+    grid = Grid(torch.ones(1, 3, dtype=torch.bool), ids=None, past=0, number=0, call=0)
+    found = Prompts(torch.zeros(1, 3, WIDTH), grid, codes).active()
+    assert (found.position.tolist(), found.feature.tolist()) == ([0, 1], [3, 1])

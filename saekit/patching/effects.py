@@ -67,7 +67,7 @@ class Prompts:
 
     def active(self) -> Candidates:
         """Every active feature at every position."""
-        entries = (self.codes.values > 0).nonzero()[:, 0]
+        entries = (self.codes.values != 0).nonzero()[:, 0]
         token = self.codes.token_of_entry()[entries]
         context = self.grid.keep.shape[1]
         return Candidates((token // context).cpu(), (token % context).cpu(), self.codes.features[entries].cpu())
