@@ -26,19 +26,16 @@ _READ_TOKENS = 4096
 class Harvest:
     """The activations of `target` at `sites` over `rows`: a `ResumableSource`, and in order for analysis.
 
-        All Sites come from one forward pass, which stops after the deepest of them.
+    All Sites come from one forward pass, which stops after the deepest of them.
 
-        Attributes:
-            batch_rows: token rows per forward pass.
-            buffer_tokens: vectors held for shuffling; rows are read in random order besides.
-    <<<<<<< HEAD
+    Attributes:
+        batch_rows: token rows per forward pass.
+        buffer_tokens: vectors held for shuffling; rows are read in random order besides.
+        prefetch: run the model in a thread for the next buffer while this one is used. Worth the memory of a second
+            buffer where the model has a device of its own or cores to spare; the stream is the same.
 
-        Raises:
-            DataError: rows with padding before their end.
-    =======
-            prefetch: run the model in a thread for the next buffer while this one is used. Worth the memory of a second
-                buffer where the model has a device of its own or cores to spare; the stream is the same.
-    >>>>>>> speed
+    Raises:
+        DataError: rows with padding before their end.
     """
 
     target: Target
