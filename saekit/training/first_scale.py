@@ -20,8 +20,6 @@ def fit_first_scale(sae: SAE, objective: Objective, x: Vectors, y: Targets) -> N
 
     Codes, and reconstructions about `b_dec`, are proportional to the encoder as long as `b_enc` is zero.
     """
-    if not objective.fits_start:
-        return
     if isinstance(sae.rule, FeatureChoice):  # whose budgets may need more tokens than there are here
         sae = sae.with_rule(MutualChoice(sae.rule.k, relu=sae.rule.relu))
     made = objective.measure(sae, objective.extra(sae, x), x, y).y_hat - sae.b_dec

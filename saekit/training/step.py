@@ -92,7 +92,7 @@ class TrainState:
             state.sae.b_dec.copy_(centre_out)
         if targets is not None:
             state.input_centre = centre_in
-        elif config.encoder_start == "fit":
+        elif config.encoder_start == "fit" and config.objective.fits_start:
             first = state.inputs(sample)[: config.batch_tokens]
             fit_first_scale(state.sae, config.objective, first, first)
         state.set_extra(config.objective.extra(state.sae, state.inputs(sample)))

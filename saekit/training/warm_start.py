@@ -5,10 +5,10 @@ cuts that give the right number of active features, and training moves each to w
 """
 
 from dataclasses import replace
-from hashlib import sha256
 
 import torch
 
+from saekit.activations.harvest import checksum
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig, rule_tensors
@@ -27,12 +27,12 @@ def check_start(start: SAE, cfg: SAEConfig, *, skip: bool) -> None:
         raise SaekitError(f"cannot start from this SAE: {'; '.join(differing)}; change the run, or start without it")
 
 
-def fingerprint(start: SAE) -> str:
+def fingerprint(start: SAE) -> int:
     """Differs for SAEs whose weights differ; a run that goes on must have begun with the same."""
-    digest = sha256()
+    found = 0
     for tensor in (*start.parameters(), *rule_tensors(start.rule, start.n_features).values()):
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
+        found = checksum(tensor, found)
+    return found
 
 
 @torch.no_grad()
