@@ -20,7 +20,6 @@ from benchmarks.allocation.recorded import Recording
 from benchmarks.allocation.runs import BY_PEER, RULES, Run, Setting
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.harvest import Harvest
-from saekit.activations.tokens import TokenRows
 from saekit.analysis.concept_scores import count_concepts
 from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.evaluate import evaluate
@@ -33,6 +32,8 @@ from saekit.training.loop import CALIBRATION_TOKENS, train
 from saekit.training.step import Report
 
 Numbers = dict[str, float | int | None]
+# held-out rows whose next tokens are predicted, by the model as it is and by what the SAE makes of it, in every mode
+LOSS_ROWS = 64
 
 
 def config_of(run: Run, dataset: Dataset) -> TrainConfig:
@@ -138,6 +139,7 @@ class TokenFacts:
         surprisal: nats of the token itself, given those before it.
         loss: nats of the token that follows, given it and those before it.
         true_l0: true features that fire on it.
+        batches: the activations themselves; as many tokens each as in training.
     """
 
     surprisal: Tensor
@@ -145,6 +147,7 @@ class TokenFacts:
     true_l0: Tensor
     labels: ConceptLabels | None
     batch_rows: int
+    batches: tuple[ActivationBatch, ...]
 
     @classmethod
     def read(cls, dataset: Dataset, batch_tokens: int) -> "TokenFacts":
@@ -158,7 +161,7 @@ class TokenFacts:
         if dataset.truth is not None:
             true_l0[:] = dataset.truth.codes(ids.flatten(), seed=HELD_OUT_SEED).l0().view_as(ids)
         labels = label_tokens(dataset.rows, dataset.documents) if dataset.documents else None
-        return cls(surprisal, loss, true_l0, labels, batch_rows)
+        return cls(surprisal, loss, true_l0, labels, batch_rows, tuple(held_out(dataset, batch_rows)))
 
 
 def _nats(logits: Tensor, ids: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     """
     whole = len(dataset.rows) - len(dataset.rows) % tokens.batch_rows  # a short last batch would be another rule
     rows = dataset.rows.select(slice(whole))
-    loss_rows = whole if dataset.is_language else 0
+    loss_rows = min(LOSS_ROWS, whole) if dataset.is_language else 0
     numbers: Numbers = dict(
         evaluate(
             sae,
@@ -187,7 +190,7 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
         ).metrics()
     )
     l0, where, error = [], [], []
-    for batch in held_out(dataset, rows, tokens.batch_rows):
+    for batch in tokens.batches[: whole // tokens.batch_rows]:
         codes = sae.encode(batch.vectors)
         l0.append(codes.l0().double())
         error.append((batch.vectors - sae.decode(codes, batch.vectors)).square().sum(1).double())
@@ -211,8 +214,10 @@ def rank_correlation(left: Tensor, right: Tensor) -> float | None:
     return float(spearmanr(left.numpy(), right.numpy()).statistic)
 
 
-def held_out(dataset: Dataset, rows: TokenRows, batch_rows: int) -> Iterator[ActivationBatch]:
-    harvest = Harvest(target=dataset.target, rows=rows, sites=(dataset.site,), mask=dataset.mask, batch_rows=batch_rows)
+def held_out(dataset: Dataset, batch_rows: int) -> Iterator[ActivationBatch]:
+    harvest = Harvest(
+        target=dataset.target, rows=dataset.rows, sites=(dataset.site,), mask=dataset.mask, batch_rows=batch_rows
+    )
     for batches in harvest.in_order():
         yield batches[dataset.site]
 
@@ -223,7 +228,7 @@ def concept_summary(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     if tokens.labels is None:
         return {}
     total = None
-    for batch in held_out(dataset, dataset.rows, tokens.batch_rows):
+    for batch in tokens.batches:
         labels = tokens.labels.at(batch.document, batch.position)
         known = tokens.labels.known[batch.document, batch.position]
         counts = count_concepts(sae.encode(batch.vectors), labels, known=known)

@@ -75,7 +75,7 @@ def read(sae: SAE, dataset: Dataset) -> Read:
     """What `sae`, calibrated, spends on every held-out token."""
     facts = measure.TokenFacts.read(dataset, batch_tokens=2048)
     parts = []
-    for batch in measure.held_out(dataset, dataset.rows, facts.batch_rows):
+    for batch in facts.batches:
         at = batch.document * dataset.rows.context + batch.position
         parts.append((sae.encode(batch.vectors).l0().double(), at, (batch.vectors - sae.b_dec).norm(dim=1).double()))
     l0, at, norm = (torch.cat(column) for column in zip(*parts, strict=True))
