@@ -7,11 +7,12 @@ loads torch or transformers is imported inside `run`; that is also why `main` im
     exit code 0    it worked
               1    something the user can change: one line on stderr says what
               2    the command line itself is wrong
-              130  interrupted (143: by SIGTERM)
+              130  interrupted (143: by SIGTERM; 141: whoever read the output left, as `head` does)
     a bug keeps its traceback
 """
 
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -87,11 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(argv)
         check_device(getattr(command, "device", "cpu"))
-        return command.run() or 0
+        code = command.run() or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         # a run that was told to stop says by which signal
         return 128 + getattr(stop, "signal", signal.SIGINT)
+    except BrokenPipeError:
+        # what is still buffered would raise once more when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
         from saekit.errors import SaekitError
 

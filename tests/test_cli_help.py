@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +191,12 @@ def test_progress_without_a_terminal_is_a_plain_line(capsys):
         progress.to(1000, "fvu 0.5")
         progress.to(2000)
     assert capsys.readouterr() == ("", "training: 2,000 of 2,000 tokens fvu 0.5\n")
+
+
+def test_whoever_stops_reading_the_output_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from saekit_cli.main import main; raise SystemExit(main(['list']))"]
+    with os.fdopen(write, "w") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

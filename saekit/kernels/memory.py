@@ -5,7 +5,7 @@ times what writing them does. So the memory of a large gradient stays with the w
 handed out again when nobody holds the last gradient any more.
 """
 
-import sys
+from weakref import ref
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LARGE_BYTES = 1 << 25
+# for each weight: the memory, and the view of it that was handed out last, which dies with the last tensor on it
 _kept = WeakTensorKeyDictionary()
-# the dictionary, the name in `gradient_of` and the argument of getrefcount
-_HOLDERS_WHEN_FREE = 3
 
 
 def is_large(weight: Tensor) -> bool:
@@ -25,7 +24,9 @@ def is_large(weight: Tensor) -> bool:
 
 def gradient_of(weight: Tensor) -> Tensor:
     """Unwritten contiguous memory in the shape of a large `weight`."""
-    memory = _kept.get(weight)
-    if memory is None or sys.getrefcount(memory) > _HOLDERS_WHEN_FREE:
-        memory = _kept[weight] = np.empty(tuple(weight.shape), dtype=np.float32)
-    return torch.from_numpy(memory)
+    memory, lent = _kept.get(weight, (None, None))
+    if memory is None or lent() is not None:
+        memory = np.empty(tuple(weight.shape), dtype=np.float32)
+    view = memory[:]
+    _kept[weight] = memory, ref(view)
+    return torch.from_numpy(view)
