@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from torch import Tensor
 
+from benchmarks.adaptive.images import CIFAR, FOLDER, MNIST, ImageRecipe, measure_images
 from saekit.adaptive.a_vit_recipe import AViTRecipe
 from saekit.adaptive.a_vit_sweep import AViTSweep, measure_sweep
 from saekit.adaptive.adatape_baselines import BaselineRecipe, Model, measure_baseline
@@ -27,10 +29,12 @@ class Arm:
     Attributes:
         recipe: of a seed.
         measure: numbers, from the weights of the recipe's stages.
+        needs: a file without which it is left out.
     """
 
     recipe: Callable[[int], Recipe]
     measure: Callable[[Recipe, Weights], Mapping[str, float]]
+    needs: Path | None = None
 
 
 def tape_arm(task: str, model: str) -> Arm:
@@ -64,6 +68,14 @@ def sweep_arm() -> Arm:
     return Arm(recipe=lambda seed: AViTSweep(of=AViTRecipe(seed=seed)), measure=measure)
 
 
+def image_arm(recipe: Callable[[int], ImageRecipe], needs: str) -> Arm:
+    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+        assert isinstance(made, ImageRecipe)
+        return measure_images(made, weights)
+
+    return Arm(recipe=recipe, measure=measure, needs=FOLDER / needs)
+
+
 def duo_arm(way: Way) -> Arm:
     def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
         assert isinstance(made, DuoBaseline)
@@ -74,7 +86,11 @@ def duo_arm(way: Way) -> Arm:
 
 PARITY = ("plain", "still", "universal", "ponder")
 ARMS: Mapping[str, Mapping[str, Arm]] = {
-    "a-vit": {"sweep": sweep_arm()},
+    "a-vit": {
+        "sweep": sweep_arm(),
+        "mnist": image_arm(ImageRecipe.mnist, MNIST[0]),
+        "cifar10": image_arm(ImageRecipe.cifar10, CIFAR),
+    },
     # the joint model is Duo-LLM itself, and is measured with it
     "duo-llm": {way: duo_arm(way) for way in get_args(Way) if way != "joint"},
     "adatape": {f"parity-{model}": tape_arm("parity", model) for model in PARITY}

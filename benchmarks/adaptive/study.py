@@ -79,8 +79,10 @@ def study(
     for kind in kinds:
         facts = [numbers_of(trained(kind, seed, out, rows=rows)) for seed in seeds]
         lines += ["", f"## {kind}", "", *table(facts)]
-        for name in ARMS[kind]:
-            if arms is None or name in arms:
+        for name, arm in ARMS[kind].items():
+            if arm.needs and not arm.needs.exists():
+                note(f"{kind} without {name}: there is no {arm.needs}")
+            elif arms is None or name in arms:
                 lines += ["", f"### {kind}, held against {name}", ""]
                 lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
         saved = load_adaptive(out / f"{kind}-{seeds[0]}")

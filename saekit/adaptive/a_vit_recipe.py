@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT, AViTConfig
 from saekit.adaptive.a_vit_losses import Prior, ponder_loss, prior_loss
-from saekit.adaptive.digits import Digits, load_digits, on_canvas
+from saekit.adaptive.digits import LabelledImages, load_digits, on_canvas
 from saekit.adaptive.stages import Stage, draw
 
 PLAIN, CONTROL, HALTING = "plain", "control", "halting"
@@ -32,6 +32,8 @@ class AViTRecipe:
     width: int = 48
     layers: int = 6
     canvas: int = 16
+    patch: int = 2
+    channels: int = 1
     batch: int = 49
     plain_epochs: int = 40
     halting_epochs: int = 20
@@ -43,22 +45,32 @@ class AViTRecipe:
     prior: Prior = "poisson"
 
     @property
+    def images(self) -> LabelledImages:
+        """What is learnt from."""
+        return load_once(self.seed)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
-        per_epoch = len(load_once(self.seed).train) // self.batch
+        per_epoch = len(self.images.train) // self.batch
         plain = Stage(name=PLAIN, steps=self.plain_epochs * per_epoch, learning_rate=self.learning_rate)
         later = {"steps": self.halting_epochs * per_epoch, "learning_rate": self.halting_learning_rate, "start": PLAIN}
         return plain, Stage(name=CONTROL, **later), Stage(name=HALTING, **later)
 
     def build(self) -> AViT:
-        return AViT(AViTConfig(image=self.canvas, width=self.width, layers=self.layers), seed=self.seed)
+        return AViT(
+            AViTConfig(
+                image=self.canvas, patch=self.patch, channels=self.channels, width=self.width, layers=self.layers
+            ),
+            seed=self.seed,
+        )
 
     def batch_at(self, stage: Stage, step: int) -> tuple[Tensor, Tensor]:
         """Images with a fresh shift, and labels. Control and halting see the same ones."""
-        digits, as_halting = load_once(self.seed), Stage(name=HALTING, steps=1, learning_rate=0.0)
+        images, as_halting = self.images, Stage(name=HALTING, steps=1, learning_rate=0.0)
         generator = draw(self.seed, as_halting if stage.name == CONTROL else stage, step)
-        chosen = torch.randint(len(digits.train), (self.batch,), generator=generator)
+        chosen = torch.randint(len(images.train), (self.batch,), generator=generator)
         moved = torch.randint(-1, 2, (self.batch, 2), generator=generator)
-        return on_canvas(digits.train[chosen], self.canvas, moved), digits.train_labels[chosen]
+        return on_canvas(images.train[chosen], self.canvas, moved), images.train_labels[chosen]
 
     def loss(self, model: nn.Module, stage: Stage, step: int) -> tuple[Tensor, Mapping[str, float]]:
         images, labels = self.batch_at(stage, step)
@@ -74,6 +86,6 @@ class AViTRecipe:
 
 
 @cache
-def load_once(seed: int) -> Digits:
+def load_once(seed: int) -> LabelledImages:
     """The digits as this seed divides them."""
     return load_digits(seed)

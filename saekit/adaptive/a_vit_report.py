@@ -15,22 +15,21 @@ from torch import Tensor
 from saekit.adaptive.a_vit import AViT
 from saekit.adaptive.a_vit_gathered import run_packed, run_padded
 from saekit.adaptive.deciding import DecidingTarget, a_vit_target
-from saekit.adaptive.digits import foreground, load_digits
+from saekit.adaptive.digits import LabelledImages, foreground
 from saekit.adaptive.interventions import Force, Replay, shuffled, trace_with
 from saekit.adaptive.trace import DecisionTrace
 
 SHUFFLES = 5
 
 
-def measure_a_vit(model: AViT, control: AViT | None, *, seed: int) -> dict[str, Any]:
-    """Facts on the test digits of the seed that the model was trained with.
+def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> dict[str, Any]:
+    """Facts on the test images of what the model was trained with.
 
     depth_auc is how well depth tells patches with ink from those without. shuffled_accuracy gives each image the
     depth map of another (mean of several shuffles): the same compute elsewhere. early_exit_accuracy classifies the
     class token of the layer nearest to the mean depth, which costs about as much without any choice.
     """
-    digits = load_digits(seed)
-    images, labels = digits.test_images(model.config.image), digits.test_labels
+    images, labels = data.test_images(model.config.image), data.test_labels
     target = a_vit_target(model)
     trace = target.trace(images)
     inked = foreground(images, model.config.patch)

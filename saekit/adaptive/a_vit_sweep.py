@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT
-from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, PLAIN, AViTRecipe, load_once
+from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, PLAIN, AViTRecipe
 from saekit.adaptive.a_vit_report import accuracy
 from saekit.adaptive.deciding import a_vit_target
 from saekit.adaptive.saved import filled
@@ -49,9 +49,8 @@ class AViTSweep:
 
 @torch.no_grad()
 def measure_sweep(sweep: AViTSweep, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Accuracy and share of the multiplications of every setting, on the test digits of the seed."""
-    digits = load_once(sweep.of.seed)
-    images, labels = digits.test_images(sweep.of.canvas), digits.test_labels
+    """Accuracy and share of the multiplications of every setting, on the test images."""
+    images, labels = sweep.of.images.test_images(sweep.of.canvas), sweep.of.images.test_labels
     model = sweep.build()
     control = filled(model, weights[CONTROL])
     found = {"control.accuracy": accuracy(control(images, halts=False).logits, labels)}

@@ -1,4 +1,7 @@
-"""Scikit-learn's digits (1,797 scans of 8 x 8 pixels, 16 greys) on a larger canvas, so that there is background."""
+"""Labelled images on a larger canvas, so that there is background; and scikit-learn's digits as such.
+
+The digits are 1,797 scans of 8 x 8 pixels in 16 greys.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,26 +17,26 @@ N_TEST = 360
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Digits:
-    """Digits divided once and for all by a seed; grey levels from 0 to 1.
+class LabelledImages:
+    """Images to train on and others to test on; levels from 0 to 1.
 
     Attributes:
-        train, test: `(n, 8, 8)`.
+        train, test: `(n, height, width)` in grey, or `(n, channels, height, width)`.
         train_labels, test_labels: `(n,)`.
     """
 
-    train: Float[Tensor, "n 8 8"]
+    train: Float[Tensor, "n *channels height width"]
     train_labels: Int[Tensor, " n"]
-    test: Float[Tensor, "m 8 8"]
+    test: Float[Tensor, "m *channels height width"]
     test_labels: Int[Tensor, " m"]
 
-    def test_images(self, canvas: int) -> Float[Tensor, "m 1 canvas canvas"]:
-        """The test digits, each with a shift of at most one pixel that never changes."""
+    def test_images(self, canvas: int) -> Float[Tensor, "m channels canvas canvas"]:
+        """The test images, each with a shift of at most one pixel that never changes."""
         return on_canvas(self.test, canvas, shifts(len(self.test), seed=0))
 
 
-def load_digits(seed: int = 0) -> Digits:
-    """Read and divide them.
+def load_digits(seed: int = 0) -> LabelledImages:
+    """Read them, and divide them once and for all by a seed.
 
     Raises:
         SaekitError: scikit-learn, which they come with, is not installed.
@@ -49,7 +52,7 @@ def load_digits(seed: int = 0) -> Digits:
     labels = torch.from_numpy(bunch.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, test = order[N_TEST:], order[:N_TEST]
-    return Digits(images[train], labels[train], images[test], labels[test])
+    return LabelledImages(images[train], labels[train], images[test], labels[test])
 
 
 def shifts(n: int, *, seed: int) -> Int[Tensor, "n 2"]:
@@ -58,26 +61,28 @@ def shifts(n: int, *, seed: int) -> Int[Tensor, "n 2"]:
 
 
 def on_canvas(
-    images: Float[Tensor, "n 8 8"], canvas: int, moved: Int[Tensor, "n 2"]
-) -> Float[Tensor, "n 1 canvas canvas"]:
+    images: Float[Tensor, "n *channels height width"], canvas: int, moved: Int[Tensor, "n 2"]
+) -> Float[Tensor, "n channels canvas canvas"]:
     """Each image in the middle of a larger one, moved a little, and normalised.
 
     Raises:
         SaekitError: a canvas without room for the shifts.
     """
-    height = images.shape[1]
-    if canvas < height + 2:
+    images = images[:, None] if images.ndim == 3 else images
+    channels, height, width = images.shape[1:]
+    if canvas < max(height, width) + 2:
         raise SaekitError(
-            f"a canvas of {canvas} has no room for {height} pixels and a shift; give {height + 2} or more"
+            f"a canvas of {canvas} has no room for {height} x {width} pixels and a shift; give "
+            f"{max(height, width) + 2} or more"
         )
     rows = (canvas - height) // 2 + moved[:, :1] + torch.arange(height)
-    columns = (canvas - height) // 2 + moved[:, 1:] + torch.arange(height)
-    placed = images.new_zeros(len(images), canvas, canvas)
-    placed[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]] = images
-    return ((placed - MEAN) / SPREAD)[:, None]
+    columns = (canvas - width) // 2 + moved[:, 1:] + torch.arange(width)
+    placed = images.new_zeros(len(images), canvas, canvas, channels)
+    placed[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]] = images.movedim(1, 3)
+    return ((placed - MEAN) / SPREAD).movedim(3, 1).contiguous()
 
 
-def foreground(images: Float[Tensor, "n 1 height width"], patch: int) -> Bool[Tensor, "n patches"]:
+def foreground(images: Float[Tensor, "n channels height width"], patch: int) -> Bool[Tensor, "n patches"]:
     """The patches with any ink in them."""
-    ink = images * SPREAD + MEAN > 0.5 / 16
+    ink = (images * SPREAD + MEAN > 0.5 / 16).any(1, keepdim=True)
     return torch.nn.functional.max_pool2d(ink.float(), patch).flatten(1) > 0

@@ -119,7 +119,7 @@ def _finish_duo(recipe: Recipe, weights: Weights) -> Saved:
 
 def _measure_a_vit(saved: Saved, rows: int) -> dict[str, Any]:
     model, control = cast(AViT, saved.model), cast("AViT | None", saved.control)
-    return measure_a_vit(model, control, seed=int(saved.recipe.get("seed", 0)))
+    return measure_a_vit(model, control, load_digits(int(saved.recipe.get("seed", 0))))
 
 
 def _measure_duo(saved: Saved, rows: int) -> dict[str, Any]:

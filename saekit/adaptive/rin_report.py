@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.adaptive.diffusion import Denoiser, Sampler, Sampling
-from saekit.adaptive.digits import Digits, load_digits
+from saekit.adaptive.digits import LabelledImages, load_digits
 from saekit.adaptive.rin import RIN
 from saekit.errors import SaekitError
 
@@ -24,7 +24,7 @@ N_SAMPLES, STEPS = 500, 50
 class Judge:
     """A small classifier of 8 x 8 digits, grey levels from -1 to 1."""
 
-    def __init__(self, digits: Digits):
+    def __init__(self, digits: LabelledImages):
         try:
             from sklearn.neural_network import MLPClassifier  # optional, and slow to import
         except ImportError as error:
@@ -90,7 +90,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def _eps_errors(model: RIN, digits: Digits) -> dict[str, float]:
+def _eps_errors(model: RIN, digits: LabelledImages) -> dict[str, float]:
     images, n = digits.test[:, None] * 2 - 1, len(digits.test)
     generator = torch.Generator().manual_seed(2)
     gamma, noise = torch.rand(n, generator=generator), torch.randn(images.shape, generator=generator)

@@ -24,9 +24,9 @@ def is_large(weight: Tensor) -> bool:
 
 def gradient_of(weight: Tensor) -> Tensor:
     """Unwritten contiguous memory in the shape of a large `weight`."""
-    memory, lent = _kept.get(weight, (None, None))
-    if memory is None or lent() is not None:
-        memory = np.empty(tuple(weight.shape), dtype=np.float32)
+    kept = _kept.get(weight)
+    is_free = kept is not None and kept[1]() is None
+    memory = kept[0] if is_free else np.empty(tuple(weight.shape), dtype=np.float32)
     view = memory[:]
     _kept[weight] = memory, ref(view)
     return torch.from_numpy(view)
