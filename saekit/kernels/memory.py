@@ -25,8 +25,10 @@ def is_large(weight: Tensor) -> bool:
 def gradient_of(weight: Tensor) -> Tensor:
     """Unwritten contiguous memory in the shape of a large `weight`."""
     kept = _kept.get(weight)
-    is_free = kept is not None and kept[1]() is None
-    memory = kept[0] if is_free else np.empty(tuple(weight.shape), dtype=np.float32)
+    if kept is None or kept[1]() is not None:
+        memory = np.empty(tuple(weight.shape), dtype=np.float32)
+    else:
+        memory = kept[0]
     view = memory[:]
     _kept[weight] = memory, ref(view)
     return torch.from_numpy(view)
