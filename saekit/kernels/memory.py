@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 LARGE_BYTES = 1 << 25
-# for each weight: the memory, and the view of it that was handed out last, which dies with the last tensor on it
-_kept = WeakTensorKeyDictionary()
+# of each weight: its memory, and the view that was handed out last, which dies with the last tensor on it
+_kept, _lent = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 def is_large(weight: Tensor) -> bool:
@@ -24,11 +24,9 @@ def is_large(weight: Tensor) -> bool:
 
 def gradient_of(weight: Tensor) -> Tensor:
     """Unwritten contiguous memory in the shape of a large `weight`."""
-    kept = _kept.get(weight)
-    if kept is None or kept[1]() is not None:
-        memory = np.empty(tuple(weight.shape), dtype=np.float32)
-    else:
-        memory = kept[0]
+    memory = _kept.get(weight)
+    if memory is None or _lent[weight]() is not None:
+        memory = _kept[weight] = np.empty(tuple(weight.shape), dtype=np.float32)
     view = memory[:]
-    _kept[weight] = memory, ref(view)
+    _lent[weight] = ref(view)
     return torch.from_numpy(view)
