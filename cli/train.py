@@ -76,6 +76,8 @@ class Train:
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
     bf16_auxiliary: bool = False
     """Compute the auxiliary loss from numbers rounded to bfloat16: faster on CPUs with instructions for it."""
+    auxiliary_sample: float = 1.0
+    """Share of each batch that the auxiliary loss is measured on; less is faster."""
     equal_norms: bool = False
     """Scale every centred token to one norm before encoding."""
     bf16_screening: bool = False
@@ -234,10 +236,14 @@ def auxiliary_of(command: Train) -> "AuxZipf | AuxK | None":
     from saekit.errors import SaekitError
     from saekit.losses import AuxK, AuxZipf
 
-    bf16 = command.bf16_auxiliary
-    if bf16 and command.auxiliary == "none":
-        raise SaekitError("--bf16-auxiliary is about a loss that --auxiliary none leaves out; leave one of them away")
-    return {"zipf": AuxZipf(bf16=bf16), "k": AuxK(bf16=bf16), "none": None}[command.auxiliary]
+    bf16, sample = command.bf16_auxiliary, command.auxiliary_sample
+    if command.auxiliary == "none":
+        given = [("--bf16-auxiliary", bf16), ("--auxiliary-sample", sample != 1)]
+        for flag in (flag for flag, is_given in given if is_given):
+            raise SaekitError(f"{flag} is about a loss that --auxiliary none leaves out; leave one of them away")
+        return None
+    kind = {"zipf": AuxZipf, "k": AuxK}[command.auxiliary]
+    return kind(bf16=bf16, sample=sample)
 
 
 def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:

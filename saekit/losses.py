@@ -6,6 +6,7 @@ That `aux_zipf_loss` generalises `aux_k_loss` and serves dead and under-used fea
 arXiv 2411.02124; the formula is our reconstruction.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,13 +66,17 @@ class AuxK:
         weight: of the loss beside the main one.
         k_aux: features asked per token; None is half of d_model.
         dead_after: tokens without firing that make a feature dead; None lets the training run decide.
-        bf16: see `AuxZipf`.
+        bf16, sample: see `AuxZipf`.
     """
 
     weight: float = 1 / 32
     k_aux: int | None = None
     dead_after: int | None = None
     bf16: bool = False
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_sample(self.sample)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +99,8 @@ class AuxZipf:
             of its strongest tokens as its density is behind the curve, at least one.
         bf16: make this loss and its gradient from numbers rounded to bfloat16, on CPUs where that is fast. The main
             loss and what is kept of the codes stay exact.
+        sample: share of a batch's tokens that this loss is measured on, the first ones: a fair sample where batches
+            are shuffled, as those of training are. The loss costs that share, and its gradient is noisier.
     """
 
     weight: float = 1 / 32
@@ -106,6 +113,7 @@ class AuxZipf:
     shrink: bool = True
     claim: Literal["token", "feature"] = "token"
     bf16: bool = False
+    sample: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.below <= 1 and 0 < self.most_members <= 1):
@@ -113,6 +121,12 @@ class AuxZipf:
                 f"AuxZipf got below={self.below}, most_members={self.most_members}; both are shares: give below from 0 "
                 "to 1, most_members above 0 and up to 1"
             )
+        _check_sample(self.sample)
+
+
+def _check_sample(sample: float) -> None:
+    if not 0 < sample <= 1:
+        raise SaekitError(f"sample={sample} is no share of a batch's tokens; give more than 0 and at most 1")
 
 
 def aux_k_loss(
@@ -145,6 +159,7 @@ def only_the_dead(options: AuxK) -> AuxZipf:
         below=0.0,
         most_members=1.0,
         bf16=options.bf16,
+        sample=options.sample,
     )
 
 
@@ -171,6 +186,9 @@ def aux_zipf_loss(
     if len(members.features) == 0:
         return x.new_zeros(())
     k_aux = options.k_aux or max(1, sae.d_model // 2)
+    if (n_sampled := math.ceil(options.sample * len(x))) < len(x):
+        x, codes = x[:n_sampled], codes.select(torch.arange(n_sampled, device=x.device))
+        residual = None if residual is None else residual[:n_sampled]
     with torch.no_grad():
         prepared, scale = sae.prepare(x)
         residual = x - sae.decode(codes, x) if residual is None else residual

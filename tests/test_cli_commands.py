@@ -492,14 +492,17 @@ def test_an_sae_of_another_width_is_refused_by_name_and_size(place, tmp_path, ca
 
 @pytest.mark.parametrize("auxiliary", ["zipf", "k"])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_the_auxiliary_loss_rounds_where_the_command_line_asks_for_it(auxiliary, rounds):
-    assert auxiliary_of(Train(auxiliary=auxiliary, bf16_auxiliary=rounds)).bf16 == rounds
+def test_the_auxiliary_loss_is_made_as_the_command_line_asks(auxiliary, rounds):
+    made = auxiliary_of(Train(auxiliary=auxiliary, bf16_auxiliary=rounds, auxiliary_sample=0.25))
+    assert (made.bf16, made.sample) == (rounds, 0.25)
 
 
 def test_rounding_a_loss_that_there_is_not_is_refused():
     assert auxiliary_of(Train(auxiliary="none")) is None
-    with pytest.raises(SaekitError, match="--auxiliary none leaves out; leave one"):
+    with pytest.raises(SaekitError, match=r"--bf16-auxiliary is .* --auxiliary none leaves out; leave one"):
         auxiliary_of(Train(auxiliary="none", bf16_auxiliary=True))
+    with pytest.raises(SaekitError, match=r"--auxiliary-sample is .* --auxiliary none leaves out; leave one"):
+        auxiliary_of(Train(auxiliary="none", auxiliary_sample=0.5))
 
 
 @pytest.mark.parametrize("screens", [False, True])

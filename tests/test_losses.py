@@ -1,5 +1,6 @@
 """The losses against dense autograd, and what their gradients must and must not reach."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -344,6 +345,33 @@ def test_in_bfloat16_the_loss_and_its_gradient_are_nearly_the_same(fast, kind, m
     torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=0)
     for name in ("encoder", "decoder", "b_enc"):
         assert (rough[name] - slopes[name]).norm() < 2e-2 * slopes[name].norm()
+
+
+@pytest.mark.parametrize("claim", ["token", "feature"])
+@pytest.mark.parametrize("given", [False, True], ids=["own residual", "given residual"])
+def test_a_sampled_auxiliary_loss_is_that_of_the_first_tokens(claim, given):
+    sae, x = random_sae(), inputs()
+    density = density_with(member_mask(MEMBERS) * 1000, zipf_densities(N_FEATURES))
+
+    def made(n_tokens: int, sample: float) -> tuple[Tensor, dict[str, Tensor]]:
+        part = x[:n_tokens]
+        codes = sae.encode(part)
+        residual = part.flip(1) if given else None
+        options = AuxZipf(k_aux=2, dead_after=999, claim=claim, sample=sample)
+        value = aux_zipf_loss(sae, part, codes, density=density, options=options, residual=residual)
+        return value, gradients(value, sae)
+
+    (sampled, slopes), (of_part, theirs) = made(len(x), 0.45), made(math.ceil(0.45 * len(x)), 1.0)
+    assert torch.equal(sampled, of_part)
+    assert all(torch.equal(slopes[name], theirs[name]) for name in ("encoder", "decoder", "b_enc"))
+    assert not torch.equal(sampled, made(len(x), 1.0)[0])
+
+
+@pytest.mark.parametrize("sample", [0.0, -0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("kind", [AuxK, AuxZipf])
+def test_a_sample_of_nothing_or_of_more_than_all_is_refused(kind, sample):
+    with pytest.raises(SaekitError, match="is no share of a batch's tokens"):
+        kind(sample=sample)
 
 
 def test_early_on_few_firings_have_been_seen_whatever_the_horizon():

@@ -23,7 +23,9 @@ RULES: dict[str, Callable[[int], SelectionRule]] = {
     "feature": FeatureChoice,
     "feature_zipf": partial(FeatureChoice, exponent=1.0, offset=3.0, floor=1),
 }
-EXTRAS = ("", "+aux", "+aux16", "+screen", "+aux+screen", "+aux16+screen")
+# with an auxiliary loss; with one on a quarter of the tokens, or made in bfloat16
+AUXILIARIES = {"aux": AuxZipf(), "aux/4": AuxZipf(sample=0.25), "aux16": AuxZipf(bf16=True)}
+EXTRAS = ("", "+aux", "+aux/4", "+screen", "+aux+screen", "+aux/4+screen", "+aux16+screen")
 LAST_STEP = 1_000
 
 
@@ -36,7 +38,7 @@ def build(name: str, size: Size, sample: Tensor) -> Step:
     if name == "reference_topk":
         return _reference(size, sample)
     rule, *extras = name.split("+")
-    auxiliary = AuxZipf(bf16="aux16" in extras) if {"aux", "aux16"} & set(extras) else None
+    auxiliary = next((AUXILIARIES[extra] for extra in extras if extra in AUXILIARIES), None)
     state = start(RULES[rule](size.k), size, sample, auxiliary=auxiliary, screens="screen" in extras)
     if auxiliary is None:
         return lambda batch: void(train_step(state, batch))
