@@ -82,6 +82,9 @@ MARKERS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` is everything after the program's name."""
     argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    # OpenMP's threads spin for milliseconds when their work is done, on the cores that `saekit.kernels.threads` needs
+    # by then: a tenth of a training step. It is read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if argv == ["--version"]:
         print(f"saekit {version('saekit')}")
         return 0

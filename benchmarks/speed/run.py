@@ -107,7 +107,9 @@ def turn(module: str, contender: str, size: Size, options: argparse.Namespace) -
     command = [python, "-W", "ignore", "-m", "benchmarks.speed.worker", contender, str(size), "--module", module]
     command += ["--repeats", str(options.repeats), "--threads", str(options.threads)]
     command += ["--device", "cuda"] if options.gpu else []
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    # as the command line sets it (`cli/main.py`); for all contenders and the product alike
+    environment = {"GOMP_SPINCOUNT": "10000"} | os.environ
+    environment |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         note(f"{contender} failed: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
