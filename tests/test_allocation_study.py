@@ -91,6 +91,15 @@ def test_a_run_fills_the_columns_that_apply_to_it(tmp_path):
 
 
 @pytest.mark.usefixtures("_small")
+def test_a_rule_whose_budgets_need_several_batches_is_evaluated_on_as_many_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SMALLEST_BATCH", 256)
+    row = measure.measure(replace(RUN, expansion=16), shared=tmp_path, peer_python=NOWHERE, recordings=tmp_path)
+    assert row["batch_tokens"] == 256
+    assert row["batch_mode_tokens"] == 8 * 256  # the ninth row alone is half of a pool
+    assert row["batch_mode_l0"] == pytest.approx(4, abs=1e-3)
+
+
+@pytest.mark.usefixtures("_small")
 def test_the_batch_rule_grants_every_feature_what_training_granted_it_last(monkeypatch):
     last = {}
 

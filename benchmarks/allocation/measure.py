@@ -75,7 +75,8 @@ def measure(run: Run, *, shared: Path, peer_python: Path, recordings: Path) -> d
         sae, batch_rule = train_one(config, timed)
         train_s = time.process_time() - began - timed.seconds
         peak_mb = memory_mb("VmHWM")
-    tokens = TokenFacts.read(dataset, config.batch_tokens)
+    # as many tokens as training shared budgets over
+    tokens = TokenFacts.read(dataset, config.batch_tokens * max(1, config.pool_starting_at(0)))
     inference = evaluate_mode(sae, dataset, tokens)
     batch = inference
     if batch_rule.looks_across_tokens:
@@ -139,7 +140,7 @@ class TokenFacts:
         surprisal: nats of the token itself, given those before it.
         loss: nats of the token that follows, given it and those before it.
         true_l0: true features that fire on it.
-        batches: the activations themselves; as many tokens each as in training.
+        batches: the activations themselves; as many tokens each as budgets were shared over in training.
     """
 
     surprisal: Tensor
@@ -173,7 +174,7 @@ def _nats(logits: Tensor, ids: Tensor) -> Tensor:
 def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     """Every metric of saekit's evaluation, and with what the number of active features goes.
 
-    A batch rule shares its budget over as many tokens as in training.
+    A batch rule shares its budget over as many tokens as in training, which are several batches where it needs them.
     """
     whole = len(dataset.rows) - len(dataset.rows) % tokens.batch_rows  # a short last batch would be another rule
     rows = dataset.rows.select(slice(whole))
