@@ -32,7 +32,7 @@ def write_all(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:
 
 
 def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, logarithmic: bool) -> graph_objects.Figure:
-    """One panel per data set, width and k; a line per rule."""
+    """One panel per data set, width and k; a line per rule. Rings are other learning rates than saekit's."""
     panels = sorted({(row["dataset"], int(row["expansion"]), int(row["k"])) for row in rows})
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     titles = [f"{dataset}, {expansion}x, k={k}" for dataset, expansion, k in panels]
@@ -44,7 +44,11 @@ def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, log
             y=[row["rule"] for row in here],
             text=[f"seed {row['seed']}, learning rate x{row['lr_scale']}, {row['tokens']} tokens" for row in here],
             mode="markers",
-            marker={"size": 9, "opacity": 0.7},
+            marker={
+                "size": 9,
+                "opacity": 0.7,
+                "symbol": ["circle" if float(row["lr_scale"]) == 1 else "circle-open" for row in here],
+            },
             showlegend=False,
         )
         figure.add_trace(scatter, row=place, col=1)
