@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from saekit.losses import AuxK
+from saekit.losses import AuxK, AuxZipf
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
@@ -75,15 +75,21 @@ class Setting:
         return replace(config, learning_rate=self.run.lr_scale * config.peak_lr)
 
 
+BY_FEATURE = AuxZipf(claim="feature")
 OPEN = Threshold(0.0)  # for objectives that find their own sparsity
 
 RULES: dict[str, Callable[[Setting], TrainConfig]] = {
     "topk": lambda s: s.config(TopK(s.k), auxiliary=None),
     "topk+aux_k": lambda s: s.config(TopK(s.k), auxiliary=AuxK()),
+    "topk+aux_zipf_by_feature": lambda s: s.config(TopK(s.k), auxiliary=BY_FEATURE),
     "mutual": lambda s: s.config(MutualChoice(s.k), auxiliary=None),
     "mutual+aux_k": lambda s: s.config(MutualChoice(s.k), auxiliary=AuxK()),
     "mutual+aux_zipf": lambda s: s.config(MutualChoice(s.k)),
     "mutual+aux_zipf+equal_norms": lambda s: s.config(MutualChoice(s.k), equal_norms=True),
+    "mutual+aux_zipf_by_feature": lambda s: s.config(MutualChoice(s.k), auxiliary=BY_FEATURE),
+    "mutual+aux_zipf_by_feature+equal_norms": lambda s: s.config(
+        MutualChoice(s.k), auxiliary=BY_FEATURE, equal_norms=True
+    ),
     "feature_uniform+aux_zipf": lambda s: s.config(FeatureChoice(s.k)),
     "feature_zipf+aux_zipf": lambda s: s.config(FeatureChoice(s.k, **GUESSED)),
     "mutual_then_feature": lambda s: s.config(MutualChoice(s.k), then=ThenFeatureChoice()),
