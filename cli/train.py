@@ -74,6 +74,9 @@ class Train:
     """Peak learning rate; derived from the width if not given."""
     auxiliary: Literal["zipf", "k", "none"] = "zipf"
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
+    auxiliary_claim: Literal["token", "feature"] = "token"
+    """Of --auxiliary zipf: who chooses. Each token half of d_model of the unused features, or each unused feature a
+    few tokens, which is faster, and better for wide dictionaries and few active features."""
     bf16_auxiliary: bool = False
     """Compute the auxiliary loss from numbers rounded to bfloat16: faster on CPUs with instructions for it."""
     auxiliary_sample: float = 1.0
@@ -238,12 +241,21 @@ def auxiliary_of(command: Train) -> "AuxZipf | AuxK | None":
 
     bf16, sample = command.bf16_auxiliary, command.auxiliary_sample
     if command.auxiliary == "none":
-        given = [("--bf16-auxiliary", bf16), ("--auxiliary-sample", sample != 1)]
+        given = [
+            ("--bf16-auxiliary", bf16),
+            ("--auxiliary-sample", sample != 1),
+            ("--auxiliary-claim", command.auxiliary_claim != "token"),
+        ]
         for flag in (flag for flag, is_given in given if is_given):
             raise SaekitError(f"{flag} is about a loss that --auxiliary none leaves out; leave one of them away")
         return None
-    kind = {"zipf": AuxZipf, "k": AuxK}[command.auxiliary]
-    return kind(bf16=bf16, sample=sample)
+    if command.auxiliary == "zipf":
+        return AuxZipf(bf16=bf16, sample=sample, claim=command.auxiliary_claim)
+    if command.auxiliary_claim != "token":
+        raise SaekitError(
+            f"--auxiliary-claim {command.auxiliary_claim} is about --auxiliary zipf; leave one of them away"
+        )
+    return AuxK(bf16=bf16, sample=sample)
 
 
 def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:

@@ -497,10 +497,19 @@ def test_the_auxiliary_loss_is_made_as_the_command_line_asks(auxiliary, rounds):
     assert (made.bf16, made.sample) == (rounds, 0.25)
 
 
+def test_features_may_choose_the_tokens_that_they_are_asked_about():
+    assert auxiliary_of(Train()).claim == "token"
+    assert auxiliary_of(Train(auxiliary_claim="feature")).claim == "feature"
+
+
 def test_rounding_a_loss_that_there_is_not_is_refused():
     assert auxiliary_of(Train(auxiliary="none")) is None
     with pytest.raises(SaekitError, match=r"--bf16-auxiliary is .* --auxiliary none leaves out; leave one"):
         auxiliary_of(Train(auxiliary="none", bf16_auxiliary=True))
+    with pytest.raises(SaekitError, match=r"--auxiliary-claim is .* --auxiliary none leaves out; leave one"):
+        auxiliary_of(Train(auxiliary="none", auxiliary_claim="feature"))
+    with pytest.raises(SaekitError, match=r"--auxiliary-claim feature is about --auxiliary zipf; leave one"):
+        auxiliary_of(Train(auxiliary="k", auxiliary_claim="feature"))
     with pytest.raises(SaekitError, match=r"--auxiliary-sample is .* --auxiliary none leaves out; leave one"):
         auxiliary_of(Train(auxiliary="none", auxiliary_sample=0.5))
 

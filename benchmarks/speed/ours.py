@@ -23,9 +23,14 @@ RULES: dict[str, Callable[[int], SelectionRule]] = {
     "feature": FeatureChoice,
     "feature_zipf": partial(FeatureChoice, exponent=1.0, offset=3.0, floor=1),
 }
-# with an auxiliary loss; with one on a quarter of the tokens, or made in bfloat16
-AUXILIARIES = {"aux": AuxZipf(), "aux/4": AuxZipf(sample=0.25), "aux16": AuxZipf(bf16=True)}
-EXTRAS = ("", "+aux", "+aux/4", "+screen", "+aux+screen", "+aux/4+screen", "+aux16+screen")
+# with an auxiliary loss; with one in which features choose, one on a quarter of the tokens, one made in bfloat16
+AUXILIARIES = {
+    "aux": AuxZipf(),
+    "auxf": AuxZipf(claim="feature"),
+    "aux/4": AuxZipf(sample=0.25),
+    "aux16": AuxZipf(bf16=True),
+}
+EXTRAS = ("", "+aux", "+auxf", "+aux/4", "+screen", "+aux+screen", "+auxf+screen", "+aux16+screen")
 LAST_STEP = 1_000
 
 
