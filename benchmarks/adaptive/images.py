@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saekit.adaptive.a_vit_recipe import CONTROL, HALTING, AViTRecipe
 from saekit.adaptive.a_vit_report import measure_a_vit
-from saekit.adaptive.digits import LabelledImages
+from saekit.adaptive.digits import LabelledImages, divided
 from saekit.adaptive.saved import filled
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "images"
@@ -51,10 +51,7 @@ class ImageRecipe(AViTRecipe):
 def mnist(seed: int) -> LabelledImages:
     """Divided by the seed."""
     images, labels = (_idx(FOLDER / name) for name in MNIST)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, test = order[N_TEST:], order[:N_TEST]
-    levels = images.float() / 255
-    return LabelledImages(levels[train], labels[train].long(), levels[test], labels[test].long())
+    return divided(images.float() / 255, labels.long(), n_test=N_TEST, seed=seed)
 
 
 @cache

@@ -80,9 +80,11 @@ def study(
         facts = [numbers_of(trained(kind, seed, out, rows=rows)) for seed in seeds]
         lines += ["", f"## {kind}", "", *table(facts)]
         for name, arm in ARMS[kind].items():
+            if arms is not None and name not in arms:
+                continue
             if arm.needs and not arm.needs.exists():
                 note(f"{kind} without {name}: there is no {arm.needs}")
-            elif arms is None or name in arms:
+            else:
                 lines += ["", f"### {kind}, held against {name}", ""]
                 lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
         saved = load_adaptive(out / f"{kind}-{seeds[0]}")

@@ -50,8 +50,15 @@ def load_digits(seed: int = 0) -> LabelledImages:
     bunch: Any = datasets.load_digits()
     images = torch.from_numpy(bunch.images).float() / 16
     labels = torch.from_numpy(bunch.target).long()
+    return divided(images, labels, n_test=N_TEST, seed=seed)
+
+
+def divided(
+    images: Float[Tensor, "n *channels height width"], labels: Int[Tensor, " n"], *, n_test: int, seed: int
+) -> LabelledImages:
+    """`n_test` of them, chosen by the seed, to test on."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, test = order[N_TEST:], order[:N_TEST]
+    train, test = order[n_test:], order[:n_test]
     return LabelledImages(images[train], labels[train], images[test], labels[test])
 
 
