@@ -26,10 +26,13 @@ from torch import Tensor
 from saekit.kernels import backend
 from saekit.kernels.dots import dots
 from saekit.kernels.largest import group_maxima, kept_candidates, kth_largest, largest_of_rows, positions_at_least
+from saekit.kernels.threads import ranges, side_by_side
 
 _asked: ContextVar[bool] = ContextVar("bf16_screening", default=False)
 # candidates per wanted entry from which computing everything is as fast
 _MOST_CANDIDATES = 8
+# visited together when columns are rounded, so that what is read three times stays in the cache
+_ROWS_IN_CACHE = 256
 # the largest pattern of a bfloat16 is no number; those of infinity and all others that are none lie below
 _NEVER, _INFINITE = 0x7FFF, 0x7F80
 _ROUNDING = 2.0**-8 * (1 + 2.0**-7)
@@ -72,9 +75,21 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, exact: Float[Tensor, "n_columns d"], bias: Float[Tensor, " n_columns"]) -> "Columns":
-        rounded = exact.bfloat16()
+        rounded = torch.empty_like(exact, dtype=torch.bfloat16)
+
+        def largest(part: slice) -> tuple[Tensor, Tensor]:
+            norm = rounding = bias.new_zeros(())
+            for start in range(part.start, part.stop, _ROWS_IN_CACHE):
+                block = slice(start, min(start + _ROWS_IN_CACHE, part.stop))
+                whole = exact[block]
+                rounded[block] = whole
+                norm = torch.maximum(norm, _norms(whole).max())
+                rounding = torch.maximum(rounding, _norms(whole - rounded[block]).max())
+            return norm, rounding
+
+        norms, roundings = zip(*side_by_side(largest, ranges(exact)), strict=True)
         return cls(
-            exact, rounded, bias, _norms(exact).max(), _norms(exact - rounded).max(), bias.abs().max() * _ROUNDING
+            exact, rounded, bias, torch.stack(norms).max(), torch.stack(roundings).max(), bias.abs().max() * _ROUNDING
         )
 
 

@@ -10,7 +10,7 @@ Selection has no gradient; `entries.encode_entries` attaches it.
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +66,8 @@ def top_of_rows(x: Tensor, w_enc: Tensor, b_enc: Tensor, k: int, *, by_size: boo
     """The k largest pre-activations of each token; `by_size` the largest whatever their sign."""
     k = min(k, len(w_enc))
     if (by := _epilogue(x)) and not by_size:
-        _, features, scores = _largest_by(by, x, w_enc, b_enc, torch.full((len(x),), k, device=x.device))
+        counts = torch.full((len(x),), k, device=x.device)
+        _, features, scores = _largest_by(by, x, by.Columns.of(w_enc, b_enc), counts)
         return _same_number_per_row(scores, features, k, len(x))
 
     def largest(part: slice) -> list[tuple[Tensor, Tensor]]:
@@ -97,14 +98,17 @@ def _epilogue(x: Tensor) -> ModuleType | None:
     return screen if screen.is_screening(x) else None
 
 
-def _largest_by(by: ModuleType, rows: Tensor, columns: Tensor, bias: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-    """Row, column and score of the `counts` largest of each row of `rows @ columns.T + bias`, block by block."""
-    prepared = by.Columns.of(columns, bias)
+def _largest_by(by: ModuleType, rows: Tensor, columns: Any, counts: Tensor) -> tuple[Tensor, ...]:
+    """Row, column and score of the `counts` largest of each row of `rows @ columns.T + bias`, block by block.
+
+    Args:
+        columns: `by.Columns`, which takes a while to make, so once for all calls.
+    """
 
     def largest(part: slice) -> list[tuple[Tensor, ...]]:
         found = []
-        for block in _blocks_of(part, len(columns)):
-            owner, *rest = by.largest_of_products(rows[block], prepared, counts[block])
+        for block in _blocks_of(part, len(columns.exact)):
+            owner, *rest = by.largest_of_products(rows[block], columns, counts[block])
             found.append((owner + block.start, *rest))
         return found
 
@@ -254,11 +258,11 @@ def top_of_columns(x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Int[Tensor,
 def _columns_by(
     by: ModuleType, x: Tensor, w_enc: Tensor, b_enc: Tensor, budgets: Tensor, by_budget: Tensor
 ) -> Selection:
-    none = x.new_zeros(len(x))
+    tokens = by.Columns.of(x, x.new_zeros(len(x)))
     parts = []
     for part in _alike(budgets[by_budget]):
         members = by_budget[part]
-        which, rows, scores = _largest_by(by, w_enc[members], x, none, budgets[members])
+        which, rows, scores = _largest_by(by, w_enc[members], tokens, budgets[members])
         features = members[which]
         parts.append((rows, features, scores + b_enc[features]))
     return _by_token_then_feature(
