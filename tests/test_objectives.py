@@ -51,7 +51,9 @@ def random_extra(objective: Objective, sae: SAE, seed: int = 2) -> dict[str, Ten
     generator = torch.Generator().manual_seed(seed)
     start = objective.extra(sae, inputs())
     noise = {name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in start.items()}
-    return {name: (value + 0.3 * noise[name]).detach().requires_grad_() for name, value in start.items()}
+    # a fifth of the logarithm of a threshold is what is trained, so a little is much
+    far = {name: 0.06 if name == "log_theta" else 0.3 for name in start}
+    return {name: (value + far[name] * noise[name]).detach().requires_grad_() for name, value in start.items()}
 
 
 def gradients(loss: Tensor, sae: SAE, extra: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ def dense_loss(objective: Objective, sae: SAE, extra: dict[str, Tensor], x: Tens
             loss = summed_mse(x, decoded(codes)) + summed_mse(x, frozen)
             return penalised(loss, codes, (gate.relu() * scale).sum() / len(x))
         case JumpReLU(bandwidth=width):
-            theta = extra["log_theta"].exp()
+            theta = (5 * extra["log_theta"]).exp()
             window = ((h - theta).abs() < width / 2).detach() / width
             # a constant plus something whose value is zero and whose slope is the estimate
             slope = theta - theta.detach()

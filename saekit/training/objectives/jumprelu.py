@@ -6,6 +6,10 @@
 
 The jump has no useful gradient in theta, so one is estimated from the entries within half a `bandwidth` of
 their threshold: `da/dtheta = -theta / bandwidth` and `d[h > theta]/dtheta = -1 / bandwidth` there.
+
+What is trained is `log(theta) / 5`, so that thresholds move five times as fast as the optimiser moves a number (our
+choice). Otherwise they do not keep up with an encoder that grows within some hundred steps, and sparsity ends elsewhere
+than asked for.
 """
 
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ from saekit.kernels.select import above, top_of_all
 from saekit.losses import summed_mse
 from saekit.sae import SAE
 from saekit.selection import Threshold, check_k
-from saekit.training.objectives.objective import Extra, Measured, Targets, Vectors, held_to, start_weight
+from saekit.training.objectives.objective import HASTE, Extra, Measured, Targets, Vectors, held_to, start_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class JumpReLU:
         else:
             theta = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample))).scores.min()
         # the logarithm keeps thresholds positive
-        log_theta = theta.clamp(min=1e-3).log().expand(sae.n_features).clone()
+        log_theta = theta.clamp(min=1e-3).log().expand(sae.n_features) / HASTE
         return {
             "log_theta": log_theta,
             "log_weight": start_weight(sample, self._balanced_weight(sae, log_theta, sample)),
@@ -67,7 +71,7 @@ class JumpReLU:
     def _parts(self, sae: SAE, log_theta: Tensor, x: Vectors) -> tuple[SparseCodes, Targets, Tensor]:
         """Codes, reconstruction and penalty of a batch."""
         prepared, scale = sae.prepare(x)
-        theta = log_theta.exp()
+        theta = (HASTE * log_theta).exp()
         reach = (theta.detach() - self.bandwidth / 2).clamp(min=0)
         near = above(prepared, sae.encoder, sae.b_enc, reach)
         h = encode_entries(prepared, sae.encoder, sae.b_enc, near, relu=False)
@@ -98,7 +102,7 @@ class JumpReLU:
         return weight if weight > 0 else 1.0
 
     def finished(self, sae: SAE, extra: Extra) -> SAE:
-        return sae.with_rule(Threshold(extra["log_theta"].detach().exp()))
+        return sae.with_rule(Threshold((HASTE * extra["log_theta"].detach()).exp()))
 
 
 class Jump(torch.autograd.Function):

@@ -52,8 +52,8 @@ class Objective(Protocol):
         ...
 
 
-# an optimiser moves every number by about the learning rate; the weight of a penalty has further to go
-_HASTE = 5.0
+# an optimiser moves every number by about the learning rate; the weight of a penalty, and thresholds, have further to go
+HASTE = 5.0
 
 
 def held_to(k: int, codes: SparseCodes, log_weight: Tensor, penalty: Tensor) -> Float[Tensor, ""]:
@@ -66,9 +66,9 @@ def held_to(k: int, codes: SparseCodes, log_weight: Tensor, penalty: Tensor) -> 
     """
     l0 = (codes.values.detach() != 0).sum() / max(1, codes.n_tokens)
     too_many = (l0.clamp(min=0.1) / k).log().to(penalty)
-    return (_HASTE * log_weight.detach()).exp() * penalty - too_many * (log_weight - log_weight.detach())
+    return (HASTE * log_weight.detach()).exp() * penalty - too_many * (log_weight - log_weight.detach())
 
 
 def start_weight(like: Tensor, value: float = 1.0) -> Tensor:
     """The logarithm of a penalty's first weight, as something to be trained."""
-    return torch.tensor(value).log().to(like) / _HASTE
+    return torch.tensor(value).log().to(like) / HASTE
