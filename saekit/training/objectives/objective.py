@@ -52,7 +52,7 @@ class Objective(Protocol):
         ...
 
 
-# an optimiser moves every number by about the learning rate; the weight of a penalty, and thresholds, have further to go
+# an optimiser moves every number by about the learning rate; penalties' weights and thresholds have further to go
 HASTE = 5.0
 
 
