@@ -98,6 +98,11 @@ def test_a_rule_whose_budgets_need_several_batches_is_evaluated_on_as_many_token
     assert row["batch_mode_tokens"] == 8 * 256  # the ninth row alone is half of a pool
 
 
+@pytest.mark.parametrize(("batch_rows", "predicted"), [(1, 64), (16, 64), (48, 48), (64, 64), (80, 80)])
+def test_next_tokens_are_predicted_on_whole_batches_alone(batch_rows, predicted):
+    assert measure.rows_to_predict(batch_rows) == predicted
+
+
 @pytest.mark.usefixtures("_small")
 def test_the_batch_rule_grants_every_feature_what_training_granted_it_last(monkeypatch):
     last = {}

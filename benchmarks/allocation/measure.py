@@ -32,7 +32,8 @@ from saekit.training.loop import CALIBRATION_TOKENS, train
 from saekit.training.step import Report
 
 Numbers = dict[str, float | int | None]
-# held-out rows whose next tokens are predicted, by the model as it is and by what the SAE makes of it, in every mode
+# held-out rows whose next tokens are predicted, by the model as it is and by what the SAE makes of it, in every mode;
+# more where one batch takes more
 LOSS_ROWS = 64
 
 
@@ -178,7 +179,7 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     """
     whole = len(dataset.rows) - len(dataset.rows) % tokens.batch_rows  # a short last batch would be another rule
     rows = dataset.rows.select(slice(whole))
-    loss_rows = min(LOSS_ROWS, whole) if dataset.is_language else 0
+    loss_rows = rows_to_predict(tokens.batch_rows) if dataset.is_language else 0
     numbers: Numbers = dict(
         evaluate(
             sae,
@@ -204,6 +205,11 @@ def evaluate_mode(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
         "true_l0": tokens.true_l0.flatten()[at],
     }
     return numbers | {f"l0_{name}_corr": rank_correlation(torch.cat(l0), other) for name, other in compared.items()}
+
+
+def rows_to_predict(batch_rows: int) -> int:
+    """`LOSS_ROWS` in whole batches; at least one, since a shorter batch would be another rule."""
+    return max(1, LOSS_ROWS // batch_rows) * batch_rows
 
 
 def rank_correlation(left: Tensor, right: Tensor) -> float | None:
