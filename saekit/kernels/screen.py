@@ -77,20 +77,13 @@ class Columns(NamedTuple):
     def of(cls, exact: Float[Tensor, "n_columns d"], bias: Float[Tensor, " n_columns"]) -> "Columns":
         rounded = torch.empty_like(exact, dtype=torch.bfloat16)
 
-        def largest(part: slice) -> tuple[Tensor, Tensor]:
-            norm = rounding = bias.new_zeros(())
-            for start in range(part.start, part.stop, _ROWS_IN_CACHE):
-                block = slice(start, min(start + _ROWS_IN_CACHE, part.stop))
-                whole = exact[block]
-                rounded[block] = whole
-                norm = torch.maximum(norm, _norms(whole).max())
-                rounding = torch.maximum(rounding, _norms(whole - rounded[block]).max())
-            return norm, rounding
+        def largest(part: slice) -> Tensor:
+            blocks = zip(exact[part].split(_ROWS_IN_CACHE), rounded[part].split(_ROWS_IN_CACHE), strict=True)
+            found = [(_norms(block).max(), _norms(block - low.copy_(block)).max()) for block, low in blocks]
+            return torch.tensor(found).amax(0)
 
-        norms, roundings = zip(*side_by_side(largest, ranges(exact)), strict=True)
-        return cls(
-            exact, rounded, bias, torch.stack(norms).max(), torch.stack(roundings).max(), bias.abs().max() * _ROUNDING
-        )
+        norm, rounding = torch.stack(side_by_side(largest, ranges(exact))).amax(0)
+        return cls(exact, rounded, bias, norm, rounding, bias.abs().max() * _ROUNDING)
 
 
 def largest_of_products(rows: Float[Tensor, "rows d"], columns: Columns, counts: Int[Tensor, " rows"]) -> Found:

@@ -25,7 +25,16 @@ from saekit.kernels.select import above, top_of_all
 from saekit.losses import summed_mse
 from saekit.sae import SAE
 from saekit.selection import Threshold, check_k
-from saekit.training.objectives.objective import HASTE, Extra, Measured, Targets, Vectors, held_to, start_weight
+from saekit.training.objectives.objective import (
+    Extra,
+    Measured,
+    Targets,
+    Vectors,
+    held_to,
+    positive,
+    start_weight,
+    trained_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class JumpReLU:
         else:
             theta = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample))).scores.min()
         # the logarithm keeps thresholds positive
-        log_theta = theta.clamp(min=1e-3).log().expand(sae.n_features) / HASTE
+        log_theta = trained_of(theta.clamp(min=1e-3)).expand(sae.n_features).clone()
         return {
             "log_theta": log_theta,
             "log_weight": start_weight(sample, self._balanced_weight(sae, log_theta, sample)),
@@ -71,7 +80,7 @@ class JumpReLU:
     def _parts(self, sae: SAE, log_theta: Tensor, x: Vectors) -> tuple[SparseCodes, Targets, Tensor]:
         """Codes, reconstruction and penalty of a batch."""
         prepared, scale = sae.prepare(x)
-        theta = (HASTE * log_theta).exp()
+        theta = positive(log_theta)
         reach = (theta.detach() - self.bandwidth / 2).clamp(min=0)
         near = above(prepared, sae.encoder, sae.b_enc, reach)
         h = encode_entries(prepared, sae.encoder, sae.b_enc, near, relu=False)
@@ -102,7 +111,7 @@ class JumpReLU:
         return weight if weight > 0 else 1.0
 
     def finished(self, sae: SAE, extra: Extra) -> SAE:
-        return sae.with_rule(Threshold((HASTE * extra["log_theta"].detach()).exp()))
+        return sae.with_rule(Threshold(positive(extra["log_theta"].detach())))
 
 
 class Jump(torch.autograd.Function):

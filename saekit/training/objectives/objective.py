@@ -53,7 +53,17 @@ class Objective(Protocol):
 
 
 # an optimiser moves every number by about the learning rate; penalties' weights and thresholds have further to go
-HASTE = 5.0
+_HASTE = 5.0
+
+
+def positive(trained: Tensor) -> Tensor:
+    """The weight or the thresholds behind what is trained of them: `exp(5 * trained)`."""
+    return (_HASTE * trained).exp()
+
+
+def trained_of(value: Tensor) -> Tensor:
+    """What is trained of positive numbers, so that they can move fast: a fifth of their logarithm."""
+    return value.log() / _HASTE
 
 
 def held_to(k: int, codes: SparseCodes, log_weight: Tensor, penalty: Tensor) -> Float[Tensor, ""]:
@@ -66,9 +76,9 @@ def held_to(k: int, codes: SparseCodes, log_weight: Tensor, penalty: Tensor) -> 
     """
     l0 = (codes.values.detach() != 0).sum() / max(1, codes.n_tokens)
     too_many = (l0.clamp(min=0.1) / k).log().to(penalty)
-    return (HASTE * log_weight.detach()).exp() * penalty - too_many * (log_weight - log_weight.detach())
+    return positive(log_weight.detach()) * penalty - too_many * (log_weight - log_weight.detach())
 
 
 def start_weight(like: Tensor, value: float = 1.0) -> Tensor:
-    """The logarithm of a penalty's first weight, as something to be trained."""
-    return torch.tensor(value).log().to(like) / HASTE
+    """A penalty's first weight, as something to be trained."""
+    return trained_of(torch.tensor(value)).to(like)
