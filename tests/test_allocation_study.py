@@ -1,7 +1,11 @@
 """The harness of the allocation study: every run can be configured, rows are whole, and a red suite stops it."""
 
 import csv
+import os
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -314,6 +318,37 @@ def test_a_run_that_fails_leaves_no_row_and_does_not_stop_the_others(tmp_path, m
     assert not study.finish(RUN, 1, 2, tmp_path / "r.csv", options_for(tmp_path), tmp_path)
     assert results.read(tmp_path / "r.csv") == []
     assert said in capsys.readouterr().err
+
+
+STUDY_ON_GREEN_TESTS = """
+import sys
+from benchmarks.allocation import study
+study.tests_pass = lambda: True
+if __name__ == "__main__":
+    sys.exit(study.main())
+"""
+
+
+def test_a_study_that_is_told_to_stop_ends_its_run_and_leaves_no_activations(tmp_path):
+    script, temporary = tmp_path / "study.py", tmp_path / "temporary"
+    script.write_text(STUDY_ON_GREEN_TESTS)
+    temporary.mkdir()
+    one = ["--datasets", "synthetic", "--rules", "topk", "--seeds", "0", "--ks", "8", "--expansions", "16"]
+    started = subprocess.Popen(
+        [sys.executable, script, *one, "--tokens", "10000000", "--out", tmp_path / "r.csv"],
+        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(study.REPOSITORY)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with started:
+        while not list(temporary.glob("activations-*/*")):  # the run's own process has begun to record
+            assert started.poll() is None
+            time.sleep(0.1)
+        started.terminate()
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM
+    assert "stopped; what was finished is in" in said
+    assert list(temporary.glob("activations-*")) == []
 
 
 def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):

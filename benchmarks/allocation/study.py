@@ -7,6 +7,7 @@ stopped at any time and started again.
 """
 
 import argparse
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, tables
 from saekit.errors import SaekitError
+from saekit.training.stop import StopRequested, StopSignals
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -44,7 +45,7 @@ def main() -> int:
         if pending and not tests_pass():
             note("the tests are red, so no number would mean anything; make them pass first")
             return 1
-        with tempfile.TemporaryDirectory(prefix="activations-") as folder:
+        with StopSignals(), tempfile.TemporaryDirectory(prefix="activations-") as folder:
             failed = sum(
                 not finish(run, number, len(pending), out, options, Path(folder))
                 for number, run in enumerate(pending, 1)
@@ -54,6 +55,9 @@ def main() -> int:
     except SaekitError as error:
         note(f"Error: {error}")
         return 1
+    except StopRequested as stop:
+        note(f"stopped; what was finished is in {out}, and the same command goes on from there")
+        return 128 + stop.signal
     if failed:
         note(f"{failed} runs failed and have no row; they are tried again next time")
     return 1 if failed else 0
@@ -138,9 +142,14 @@ def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], options: argparse.
 def in_own_process(run: runs.Run, shared: Path, peer_python: Path, recordings: Path) -> dict[str, object]:
     """A fresh process for every run: its peak memory is its own, and nothing is left over from the last."""
     keep_only(recordings, f"{run.dataset}-")
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         done = pool.submit(measure.measure, run, shared=shared, peer_python=peer_python, recordings=recordings)
-        return done.result()
+        try:
+            return done.result()
+        except StopRequested:
+            for child in multiprocessing.active_children():  # the pool would wait for it, for minutes
+                child.terminate()
+            raise
 
 
 def keep_only(recordings: Path, beginning: str) -> None:

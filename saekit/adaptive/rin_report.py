@@ -54,7 +54,7 @@ def measure_rin(model: RIN, *, seed: int) -> dict[str, Any]:
     """
     facts = measure_pictures(model, seed=seed, ways=WAYS) | _eps_errors(model, load_digits(seed))
     facts |= {"constant_macs": model.config.constant_macs, "macs_per_patch": model.config.macs_per_patch}
-    return facts | {"carry_scale": float(model.carry_out.weight.abs().mean())}
+    return facts | {"carry_scale": float(model.carry_out.weight.detach().abs().mean())}
 
 
 @torch.no_grad()
