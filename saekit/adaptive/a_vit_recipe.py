@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT, AViTConfig
+from saekit.adaptive.a_vit_channel import least_needed_channel, swap_channels
 from saekit.adaptive.a_vit_losses import Prior, ponder_loss, prior_loss
 from saekit.adaptive.digits import LabelledImages, load_digits, on_canvas
 from saekit.adaptive.stages import Stage, draw
 
 PLAIN, CONTROL, HALTING = "plain", "control", "halting"
+CHOOSING = 400  # images by which the channel is chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,8 @@ class AViTRecipe:
         target: mean depth asked for, of `layers`.
         ponder_weight, prior_weight: the paper's, as re-implementations give them.
         prior: ours by default: the other two do not bind the size of the scores (`prior_loss`).
+        channel: what becomes channel 0, which the gate reads: the plain model's first as it is (the paper's), or
+            the one that says best how little a patch is needed (ours, `least_needed_channel`).
     """
 
     seed: int = 0
@@ -43,6 +48,7 @@ class AViTRecipe:
     ponder_weight: float = 5e-4
     prior_weight: float = 0.1
     prior: Prior = "poisson"
+    channel: Literal["first", "least needed"] = "least needed"
 
     @property
     def images(self) -> LabelledImages:
@@ -54,7 +60,8 @@ class AViTRecipe:
         per_epoch = len(self.images.train) // self.batch
         plain = Stage(name=PLAIN, steps=self.plain_epochs * per_epoch, learning_rate=self.learning_rate)
         later = {"steps": self.halting_epochs * per_epoch, "learning_rate": self.halting_learning_rate, "start": PLAIN}
-        return plain, Stage(name=CONTROL, **later), Stage(name=HALTING, **later)
+        prepare = self.borrow if self.channel == "least needed" else None
+        return plain, Stage(name=CONTROL, **later), Stage(name=HALTING, prepare=prepare, **later)
 
     def build(self) -> AViT:
         return AViT(
@@ -63,6 +70,13 @@ class AViTRecipe:
             ),
             seed=self.seed,
         )
+
+    def borrow(self, model: nn.Module) -> None:
+        """Give the gate the channel that it is to read."""
+        plain, images = cast(AViT, model), self.images
+        few, unmoved = images.train[:CHOOSING], torch.zeros(len(images.train[:CHOOSING]), 2, dtype=torch.long)
+        chosen = least_needed_channel(plain, on_canvas(few, self.canvas, unmoved), images.train_labels[:CHOOSING])
+        swap_channels(plain, 0, chosen)
 
     def batch_at(self, stage: Stage, step: int) -> tuple[Tensor, Tensor]:
         """Images with a fresh shift, and labels. Control and halting see the same ones."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from saekit.adaptive.a_vit_recipe import load_once
 from saekit.adaptive.adatape import AdaTape, AdaTapeConfig, PlainTransformer
 from saekit.adaptive.adatape_recipe import parity, sequences
-from saekit.adaptive.adatape_report import N_TEST, TEST_SEED, rank_correlation
+from saekit.adaptive.adatape_report import N_TEST, TEST_SEED
 from saekit.adaptive.digits import on_canvas
 from saekit.adaptive.ponder_net import PonderNet, ponder_prior, ponder_task
 from saekit.adaptive.stages import Stage, draw
 from saekit.adaptive.universal import UniversalTransformer
 from saekit.errors import SaekitError
+from saekit.patching.statistics import rank_correlation
 
 Task = Literal["parity", "digits"]
 Model = Literal["tape", "still", "learnt", "unchosen", "plain", "shallow", "coarse", "universal", "ponder"]

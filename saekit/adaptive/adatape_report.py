@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from scipy.stats import rankdata
 from torch import Tensor
 
 from saekit.adaptive.adatape import AdaTape
@@ -13,6 +12,7 @@ from saekit.adaptive.adatape_recipe import parity, sequences
 from saekit.adaptive.deciding import DecidingTarget, adatape_target
 from saekit.adaptive.interventions import Force, Where, trace_with
 from saekit.adaptive.trace import DecisionTrace
+from saekit.patching.statistics import rank_correlation
 from saekit.targets import Site
 
 N_TEST, TEST_SEED = 2048, 10_000
@@ -51,12 +51,6 @@ def measure_adatape(model: AdaTape) -> dict[str, Any]:
 
 def _accuracy(trace: DecisionTrace, labels: Int[Tensor, " n"]) -> float:
     return float((trace.more["logits"].argmax(1) == labels).float().mean())
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's; NaN where one of them is constant."""
-    ranks = torch.stack([torch.from_numpy(rankdata(values.numpy())) for values in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _accuracy_by(trace: DecisionTrace, labels: Tensor, length: Tensor) -> list[float | None]:

@@ -32,6 +32,7 @@ class Stage:
     Attributes:
         start: the stage whose weights it begins with; None for those of the build.
         only: beginnings of the names of the weights that are trained; empty for all.
+        prepare: what is done to the model, with those weights, before the first step; the same whenever it is done.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     warmup: float = 0.05
     start: str | None = None
     only: tuple[str, ...] = ()
+    prepare: Callable[[nn.Module], None] | None = None
 
     def lr_factor(self, step: int) -> float:
         """Share of the learning rate at this step."""
@@ -149,6 +151,8 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
         self.place = stage.name, 0
         if self.resumed is None or self.resumed[0] != stage.name:
+            if stage.prepare is not None:
+                stage.prepare(self.model)
             return range(stage.steps)
         _, step, tensors = self.resumed
         self.place = stage.name, step

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from saekit.errors import DataError, SaekitError
@@ -36,7 +36,7 @@ def bootstrap(
     return Interval(float(values.mean()), low, high)
 
 
-def rank_correlation(one: Float[Tensor, " n"], two: Float[Tensor, " n"]) -> float:
+def rank_correlation(one: Real[Tensor, " n"], two: Real[Tensor, " n"]) -> float:
     """Spearman's: the correlation of ranks, equal values sharing the mean of theirs; nan if one is constant."""
     ranks = torch.stack([_mean_ranks(one), _mean_ranks(two)])
     return float(torch.corrcoef(ranks)[0, 1])
