@@ -68,12 +68,12 @@ def sweep_arm() -> Arm:
     return Arm(recipe=lambda seed: AViTSweep(of=AViTRecipe(seed=seed)), measure=measure)
 
 
-def image_arm(recipe: Callable[[int], ImageRecipe], needs: str) -> Arm:
+def a_vit_arm(recipe: Callable[[int], AViTRecipe], *, needs: Path | None = None) -> Arm:
     def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
-        assert isinstance(made, ImageRecipe)
+        assert isinstance(made, AViTRecipe)
         return measure_images(made, weights)
 
-    return Arm(recipe=recipe, measure=measure, needs=FOLDER / needs)
+    return Arm(recipe=recipe, measure=measure, needs=needs)
 
 
 def duo_arm(way: Way) -> Arm:
@@ -88,8 +88,9 @@ PARITY = ("plain", "still", "universal", "ponder")
 ARMS: Mapping[str, Mapping[str, Arm]] = {
     "a-vit": {
         "sweep": sweep_arm(),
-        "mnist": image_arm(ImageRecipe.mnist, MNIST[0]),
-        "cifar10": image_arm(ImageRecipe.cifar10, CIFAR),
+        "first": a_vit_arm(lambda seed: AViTRecipe(seed=seed, channel="first")),
+        "mnist": a_vit_arm(ImageRecipe.mnist, needs=FOLDER / MNIST[0]),
+        "cifar10": a_vit_arm(ImageRecipe.cifar10, needs=FOLDER / CIFAR),
     },
     # the joint model is Duo-LLM itself, and is measured with it
     "duo-llm": {way: duo_arm(way) for way in get_args(Way) if way != "joint"},

@@ -70,8 +70,8 @@ def _idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy())
 
 
-def measure_images(made: ImageRecipe, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """What `saekit adaptive report a-vit` says, on these pictures; what does not exist of them is left out."""
+def measure_images(made: AViTRecipe, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """What `saekit adaptive report a-vit` says, on the recipe's pictures; what does not exist of them is left out."""
     # two models: the second may not be written over the first
     model, control = (filled(made.build(), weights[stage]) for stage in (HALTING, CONTROL))
     facts = measure_a_vit(model, control, made.images)
