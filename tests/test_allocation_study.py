@@ -374,6 +374,8 @@ def test_tables_give_means_over_seeds_with_their_spread_and_leave_out_what_nobod
     tables.write(rows, tmp_path / "r.md")
     text = (tmp_path / "r.md").read_text()
     assert "## pystd, 4,096 features (16x), k = 8, 1,000 tokens" in text
+    begin = text.splitlines().index("| rule | pystd 16x k=8 |")
+    assert text.splitlines()[begin + 2 : begin + 4] == ["| topk | 1.00 |", "| mutual | 0.75* |"]
     assert text.splitlines()[-5:] == [
         "| rule | seeds | FVU | dead % |",
         "|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -25,7 +26,9 @@ SHOWN = {
 
 def write(rows: Rows, path: Path) -> None:
     """All tables as one Markdown file."""
-    path.write_text("\n\n".join(["# Results of the allocation study", INTRODUCTION, *tables(rows)]) + "\n")
+    path.write_text(
+        "\n\n".join(["# Results of the allocation study", INTRODUCTION, overview(rows), *tables(rows)]) + "\n"
+    )
 
 
 INTRODUCTION = (
@@ -33,6 +36,34 @@ INTRODUCTION = (
     "columns and rules. Means over seeds, smallest to largest in brackets where there are several. SAEs as they serve "
     "single tokens (calibrated where the rule looks across tokens). `x0.5` behind a rule is another learning rate."
 )
+
+
+def overview(rows: Rows) -> str:
+    """One table of everything: a column per data set, width and k, a line per rule, FVU in multiples of TopK's."""
+    panels = list(dict.fromkeys((row["dataset"], row["expansion"], row["k"]) for row in rows))
+    cells: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if float(row["lr_scale"]) == 1:
+            key = (row["rule"], row["dataset"], row["expansion"], row["k"])
+            cells.setdefault(key, []).append(float(row["inference_fvu"]))
+    panels = [panel for panel in panels if ("topk", *panel) in cells]
+    lines = [
+        "## FVU as a multiple of TopK's, means of seeds (`*`: one seed)",
+        "",
+        "| rule | " + " | ".join(f"{dataset} {expansion}x k={k}" for dataset, expansion, k in panels) + " |",
+        "|---" * (len(panels) + 1) + "|",
+    ]
+    for rule in dict.fromkeys(rule for rule, *_ in cells):
+        shown = [_as_multiple(cells.get((rule, *panel)), cells["topk", *panel]) for panel in panels]
+        lines.append(f"| {rule} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _as_multiple(values: Sequence[float] | None, base: Sequence[float]) -> str:
+    if not values:
+        return ""
+    star = "*" if len(values) == 1 else ""
+    return f"{fmean(values) / fmean(base):.2f}{star}"
 
 
 def tables(rows: Rows) -> Iterator[str]:
