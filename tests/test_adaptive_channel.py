@@ -63,17 +63,17 @@ def test_the_chosen_channel_is_that_of_a_reference_by_finite_differences(model, 
         hook.remove()
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    patches, step = SMALL.tokens - 1, 1e-5
+    patches, step, stopping = SMALL.tokens - 1, 1e-5, torch.tensor([0.1, 0.6, 0.3])
     agreement = torch.zeros(SMALL.width)
     for layer, state in enumerate(streams(model, images)[:-1]):
         slope = [loss_with(layer, at, 1 + step) - loss_with(layer, at, 1 - step) for at in range(patches)]
         needed = torch.stack(slope, 1).abs().flatten()
         for channel in range(SMALL.width):
             correlation: float = spearmanr(state[:, 1:, channel].flatten(), needed)[0]  # pyright: ignore
-            agreement[channel] += correlation
-    chosen = least_needed_channel(model, images, labels)
+            agreement[channel] += stopping[layer] * correlation
+    chosen = least_needed_channel(model, images, labels, stopping)
     assert chosen == int(agreement.argmin())
-    assert chosen != int(agreement.argmax())
+    assert chosen != least_needed_channel(model, images, labels, -stopping) == int(agreement.argmax())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -16,13 +16,19 @@ from saekit.patching.statistics import rank_correlation
 
 
 def least_needed_channel(
-    model: AViT, images: Float[Tensor, "n channels height width"], labels: Int[Tensor, " n"]
+    model: AViT,
+    images: Float[Tensor, "n channels height width"],
+    labels: Int[Tensor, " n"],
+    stopping: Float[Tensor, " layers"],
 ) -> int:
     """The channel whose value goes down most steadily with how much a patch matters.
 
     A patch's state matters as much as `|x . dL/dx|`, gradient times activation of the cross-entropy at full depth.
-    What is compared is the rank correlation with each channel, on average over the layers behind which a patch
-    can still stop early.
+    What is compared is the rank correlation with each channel, layer by layer.
+
+    Args:
+        stopping: what each layer counts: the share of patches that are to stop behind it. The last has no part, for
+            there all stop.
     """
     states: list[Tensor] = []
 
@@ -38,10 +44,10 @@ def least_needed_channel(
             hook.remove()
     gradients = torch.autograd.grad(loss, states)
     agreement = torch.zeros(model.config.width)
-    for state, gradient in list(zip(states, gradients, strict=True))[:-1]:
+    for state, gradient, share in list(zip(states, gradients, stopping.tolist(), strict=True))[:-1]:
         patches = state[:, 1:].detach().flatten(0, 1)
         needed = (patches * gradient[:, 1:].flatten(0, 1)).sum(1).abs()
-        agreement += torch.tensor([rank_correlation(values, needed) for values in patches.T])
+        agreement += share * torch.tensor([rank_correlation(values, needed) for values in patches.T])
     return int(agreement.argmin())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT, AViTConfig
 from saekit.adaptive.a_vit_channel import least_needed_channel, swap_channels
-from saekit.adaptive.a_vit_losses import Prior, ponder_loss, prior_loss
+from saekit.adaptive.a_vit_losses import Prior, ponder_loss, prior_loss, target_depths
 from saekit.adaptive.digits import LabelledImages, load_digits, on_canvas
 from saekit.adaptive.stages import Stage, draw
 
@@ -75,7 +75,9 @@ class AViTRecipe:
         """Give the gate the channel that it is to read."""
         plain, images = cast(AViT, model), self.images
         few, unmoved = images.train[:CHOOSING], torch.zeros(len(images.train[:CHOOSING]), 2, dtype=torch.long)
-        chosen = least_needed_channel(plain, on_canvas(few, self.canvas, unmoved), images.train_labels[:CHOOSING])
+        stopping = target_depths(self.layers, self.target)
+        seen = on_canvas(few, self.canvas, unmoved)
+        chosen = least_needed_channel(plain, seen, images.train_labels[:CHOOSING], stopping)
         swap_channels(plain, 0, chosen)
 
     def batch_at(self, stage: Stage, step: int) -> tuple[Tensor, Tensor]:
