@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 Rows = Sequence[Mapping[str, str]]
+Panel = tuple[str, str, str, str]
 
 # column of the results: (head of the table, factor, decimals)
 SHOWN = {
@@ -40,23 +41,26 @@ INTRODUCTION = (
 
 def overview(rows: Rows) -> str:
     """One table of everything: a column per data set, width and k, a line per rule, FVU in multiples of TopK's."""
-    panels = list(dict.fromkeys((row["dataset"], row["expansion"], row["k"]) for row in rows))
-    cells: dict[tuple[str, ...], list[float]] = {}
+    cells: dict[tuple[str, Panel], list[float]] = {}
     for row in rows:
         if float(row["lr_scale"]) == 1:
-            key = (row["rule"], row["dataset"], row["expansion"], row["k"])
-            cells.setdefault(key, []).append(float(row["inference_fvu"]))
-    panels = [panel for panel in panels if ("topk", *panel) in cells]
+            cells.setdefault((row["rule"], _panel(row)), []).append(float(row["inference_fvu"]))
+    panels = [panel for rule, panel in cells if rule == "topk"]
     lines = [
         "## FVU as a multiple of TopK's, means of seeds (`*`: one seed)",
         "",
-        "| rule | " + " | ".join(f"{dataset} {expansion}x k={k}" for dataset, expansion, k in panels) + " |",
+        "| rule | " + " | ".join(f"{dataset} {expansion}x k={k}" for dataset, expansion, k, _ in panels) + " |",
         "|---" * (len(panels) + 1) + "|",
     ]
-    for rule in dict.fromkeys(rule for rule, *_ in cells):
-        shown = [_as_multiple(cells.get((rule, *panel)), cells["topk", *panel]) for panel in panels]
+    for rule in dict.fromkeys(rule for rule, _ in cells):
+        shown = [_as_multiple(cells.get((rule, panel)), cells["topk", panel]) for panel in panels]
         lines.append(f"| {rule} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _panel(row: Mapping[str, str]) -> Panel:
+    """What rows share that are compared: data set, width, k and length of training."""
+    return row["dataset"], row["expansion"], row["k"], row["tokens"]
 
 
 def _as_multiple(values: Sequence[float] | None, base: Sequence[float]) -> str:
@@ -68,8 +72,8 @@ def _as_multiple(values: Sequence[float] | None, base: Sequence[float]) -> str:
 
 def tables(rows: Rows) -> Iterator[str]:
     """A heading and a table for each panel, in the order of the results."""
-    for panel in dict.fromkeys((row["dataset"], row["expansion"], row["k"], row["tokens"]) for row in rows):
-        here = [row for row in rows if (row["dataset"], row["expansion"], row["k"], row["tokens"]) == panel]
+    for panel in dict.fromkeys(map(_panel, rows)):
+        here = [row for row in rows if _panel(row) == panel]
         dataset, expansion, k, tokens = panel
         heading = (
             f"## {dataset}, {int(here[0]['n_features']):,} features ({expansion}x), k = {k}, {int(tokens):,} tokens"

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT
 from saekit.patching.statistics import rank_correlation
+from saekit.targets.names import Side
+from saekit.targets.taps import tapped
 
 
 def least_needed_channel(
@@ -31,17 +33,9 @@ def least_needed_channel(
             there all stop.
     """
     states: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, out: Tensor) -> None:
-        states.append(out)
-
-    hooks = [layer.content.register_forward_hook(keep) for layer in model.stack]
-    try:
-        with torch.enable_grad():
-            loss = nn.functional.cross_entropy(model(images, halts=False).logits, labels)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    places = [(f"layers.{number}.content", Side.OUTPUT) for number in range(model.config.layers)]
+    with tapped(model, dict.fromkeys(places, lambda call, state: states.append(state))), torch.enable_grad():
+        loss = nn.functional.cross_entropy(model(images, halts=False).logits, labels)
     gradients = torch.autograd.grad(loss, states)
     agreement = torch.zeros(model.config.width)
     for state, gradient, share in list(zip(states, gradients, stopping.tolist(), strict=True))[:-1]:

@@ -73,12 +73,9 @@ class AViTRecipe:
 
     def borrow(self, model: nn.Module) -> None:
         """Give the gate the channel that it is to read."""
-        plain, images = cast(AViT, model), self.images
-        few, unmoved = images.train[:CHOOSING], torch.zeros(len(images.train[:CHOOSING]), 2, dtype=torch.long)
-        stopping = target_depths(self.layers, self.target)
-        seen = on_canvas(few, self.canvas, unmoved)
-        chosen = least_needed_channel(plain, seen, images.train_labels[:CHOOSING], stopping)
-        swap_channels(plain, 0, chosen)
+        plain, few, labels = cast(AViT, model), self.images.train[:CHOOSING], self.images.train_labels[:CHOOSING]
+        seen = on_canvas(few, self.canvas, torch.zeros(len(few), 2, dtype=torch.long))
+        swap_channels(plain, 0, least_needed_channel(plain, seen, labels, target_depths(self.layers, self.target)))
 
     def batch_at(self, stage: Stage, step: int) -> tuple[Tensor, Tensor]:
         """Images with a fresh shift, and labels. Control and halting see the same ones."""
