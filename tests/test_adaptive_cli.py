@@ -9,11 +9,11 @@ from adaptive_models import duo_of, ids_of
 
 from saekit.adaptive import duo_target, kinds
 from saekit.adaptive.a_vit_recipe import AViTRecipe
-from saekit.adaptive.a_vit_report import auc
 from saekit.adaptive.adatape_recipe import AdaTapeRecipe
 from saekit.adaptive.inputs import read_image, read_symbols
 from saekit.adaptive.picture import write_pictures
 from saekit.adaptive.saved import ASSETS, KINDS, load_adaptive
+from saekit.adaptive.telling import auc
 from saekit.errors import SaekitError
 from saekit_cli.main import main
 

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.adaptive.a_vit import AViT
@@ -17,6 +16,7 @@ from saekit.adaptive.a_vit_gathered import run_packed, run_padded
 from saekit.adaptive.deciding import DecidingTarget, a_vit_target
 from saekit.adaptive.digits import LabelledImages, foreground
 from saekit.adaptive.interventions import Force, Replay, shuffled, trace_with
+from saekit.adaptive.telling import auc
 from saekit.adaptive.trace import DecisionTrace
 
 SHUFFLES = 5
@@ -57,16 +57,6 @@ def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> di
 
 def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
     return float((logits.argmax(1) == labels).float().mean())
-
-
-def auc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """The chance that a positive one has the larger score (half where they are equal)."""
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if not n_positive or not n_negative:
-        return float("nan")
-    ranks = torch.from_numpy(rankdata(score.numpy()))
-    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
 @torch.no_grad()

@@ -38,11 +38,12 @@ def bootstrap(
 
 def rank_correlation(one: Real[Tensor, " n"], two: Real[Tensor, " n"]) -> float:
     """Spearman's: the correlation of ranks, equal values sharing the mean of theirs; nan if one is constant."""
-    ranks = torch.stack([_mean_ranks(one), _mean_ranks(two)])
+    ranks = torch.stack([mean_ranks(one), mean_ranks(two)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def _mean_ranks(values: Tensor) -> Tensor:
+def mean_ranks(values: Real[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Ranks from 1, equal values sharing the mean of theirs."""
     _, group, size = values.detach().double().cpu().unique(return_inverse=True, return_counts=True)
     last = size.cumsum(0).double()
     return (last - (size - 1) / 2)[group]
