@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 # facts that are a table or a list of their own
 _LONG = ("budgets", "greedy", "controls", "split_oracle", "nats_by_chance_of_big", "difficulty")
 
+_APART = ("tokens", "explained", "questions")
+
 # flags that would otherwise be passed over in silence
-_ONLY_FOR = {"seed": "train", "resume": "train", "speed": "report"}
+_ONLY_FOR = {"seed": "train", "resume": "train", "speed": "report", "questions": "report"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +56,8 @@ class Adaptive:
     explain: int | None = None
     """Let report also train an SAE on what this step decides by, and test its strongest features. A step is a layer,
     for adatape a tape token, for rin a step of sampling; from 0."""
+    questions: bool = False
+    """Let report also ask what the features behind its decisions are of, and what they do; some minutes."""
     json: bool = False
     """Print the facts as JSON."""
     config: Path | None = None
@@ -108,6 +112,8 @@ class Adaptive:
             from saekit.adaptive.explain import explain_step
 
             facts["explained"] = explain_step(kind.target(saved), *kind.inputs(saved), self.explain)
+        if self.questions:
+            facts["questions"] = kind.ask(saved)
         return facts | (self.timed(saved) if self.speed else {})
 
     def timed(self, saved: "Saved") -> dict[str, float]:
@@ -151,7 +157,7 @@ def as_text(facts: dict[str, Any]) -> str:
     """Two columns; what is long comes behind them."""
     from saekit.adaptive.duo_report import table
 
-    short = [(name, shown(value)) for name, value in facts.items() if name not in (*_LONG, "tokens", "explained")]
+    short = [(name, shown(value)) for name, value in facts.items() if name not in (*_LONG, *_APART)]
     parts = [columns(short)]
     if "budgets" in facts:
         parts.append("nats per token, by budget\n" + table(facts["budgets"]))
@@ -160,6 +166,8 @@ def as_text(facts: dict[str, Any]) -> str:
             parts.append(f"{name}\n" + columns((key, shown(value)) for key, value in facts[name].items()))
     if "explained" in facts:
         parts.append(features_as_text(facts["explained"]))
+    for question, numbers in facts.get("questions", {}).items():
+        parts.append(f"{question}\n" + columns((name, shown(value)) for name, value in numbers.items()))
     if "tokens" in facts:
         lines = [(repr(token["text"]), " ".join(token["decisions"])) for token in facts["tokens"]]
         parts.append("decisions by layer\n" + columns(lines))

@@ -1,6 +1,7 @@
 """`saekit adaptive`: train, report and trace, on the bundled models and on what users type."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,17 @@ def test_a_model_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     assert code == 0 and "mac_ratio" in out
     code, _, err = run(capsys, "train", "adatape", "--out", tmp_path / "tape", "--resume")
     assert code == 1 and "nothing to resume" in err
+
+
+def test_a_report_answers_questions_where_it_is_asked(capsys, monkeypatch):
+    answered = replace(kinds.KINDS["adatape"], ask=lambda saved: {"who stops": {"area": 0.75, "place alone": 0.5}})
+    monkeypatch.setitem(kinds.KINDS, "adatape", answered)
+    code, out, _ = run(capsys, "report", "adatape", "--questions", "--json")
+    assert code == 0 and json.loads(out)["questions"] == {"who stops": {"area": 0.75, "place alone": 0.5}}
+    code, out, _ = run(capsys, "report", "adatape", "--questions")
+    assert code == 0 and out.endswith("who stops\n  area         0.750\n  place alone  0.500\n")
+    code, _, err = run(capsys, "trace", "adatape", "10-110-0011-0101", "--questions")
+    assert code == 1 and "--questions is for saekit adaptive report" in err
 
 
 def test_a_trained_a_vit_is_finished_with_its_control(tmp_path):

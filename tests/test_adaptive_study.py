@@ -22,6 +22,8 @@ SHORT = {"longest": 4, "batch": 8, "steps": 2}
 def _short(monkeypatch):
     tiny = replace(kinds.KINDS["adatape"], recipe=lambda seed: AdaTapeRecipe(seed=seed, **SHORT))
     monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS, "adatape": tiny})
+    asked = replace(tiny, ask=lambda saved: {"who stops": {"area": 0.25 + saved.recipe["seed"] / 2}})
+    monkeypatch.setattr(study, "KINDS", {**kinds.KINDS, "adatape": asked})
     arms = {"plain": arm_of("plain"), "ponder": arm_of("ponder")}
     monkeypatch.setattr(study, "ARMS", {**study.ARMS, "adatape": arms})
 
@@ -39,6 +41,7 @@ def test_a_study_trains_what_is_missing_and_writes_a_table_and_pictures(tmp_path
     for name in ("accuracy", "mean_tape", "length"):
         assert f"| {name} | " in text
     assert "### adatape, held against plain" in text and "### adatape, held against ponder" in text
+    assert "### adatape: who stops" in text and "| area | 0.500 | 0.250 | 0.750 |" in text
     assert (tmp_path / "adatape.html").read_text().count("<figure") == 4
     assert "adatape, seed 1" in capsys.readouterr().err
     again = study.study(["adatape"], [0, 1], tmp_path, rows=2)
@@ -46,6 +49,7 @@ def test_a_study_trains_what_is_missing_and_writes_a_table_and_pictures(tmp_path
     assert capsys.readouterr().err == ""  # nothing was trained again
     fewer = study.study(["adatape"], [0, 1], tmp_path, rows=2, arms=["ponder"]).read_text()
     assert "against ponder" in fewer and "against plain" not in fewer
+    assert "who stops" not in study.study(["adatape"], [0, 1], tmp_path, rows=2, questions=False).read_text()
 
 
 def test_the_table_has_mean_and_extremes_and_names_what_is_nested():
@@ -53,6 +57,8 @@ def test_the_table_has_mean_and_extremes_and_names_what_is_nested():
     numbers = study.numbers_of(facts)
     assert numbers == {"a": 1.0, "deep.b": 2, "budget 3.oracle": 0.5}
     assert study.table([numbers, {**numbers, "a": 3.0}])[2] == "| a | 2.000 | 1.000 | 3.000 |"
+    # a number that not every seed has is that of the seeds that have it
+    assert study.table([{"a": 1.0}, {"a": 3.0, "b": 5.0}])[3] == "| b | 5.000 | 5.000 | 5.000 |"
 
 
 def test_an_arm_whose_data_are_not_there_is_named_and_left_out(tmp_path, monkeypatch, capsys):

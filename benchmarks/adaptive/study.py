@@ -3,7 +3,8 @@
     python -m benchmarks.adaptive.study [--out FOLDER] [--seeds 0 1 2] [--kinds a-vit duo-llm ...] [--arms plain ...]
 
 A model that is in the folder is not trained again, and one that was interrupted goes on. `--arms` names some of what
-the models are held against (`arms.py`); all, if it is not given. README.md beside this file says what the numbers mean.
+the models are held against (`arms.py`); all, if it is not given. `--no-questions` leaves out what is asked of their
+features. README.md beside this file says what the numbers mean.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 from benchmarks.adaptive.arms import ARMS
 from saekit.adaptive.kinds import KINDS, train_kind
 from saekit.adaptive.picture import write_pictures
+from saekit.adaptive.questions.answers import Answers
 from saekit.adaptive.saved import load_adaptive
 from saekit.adaptive.stages import STATE_FILE, train_stages
 
@@ -48,6 +50,17 @@ def arm_numbers(kind: str, name: str, seed: int, out: Path) -> Mapping[str, floa
     return json.loads(kept.read_text())
 
 
+def answers(kind: str, seed: int, out: Path) -> Answers:
+    """What is asked of the features of one model, which is there."""
+    kept = out / f"{kind}-questions-{seed}.json"
+    if not kept.exists():
+        note(f"{kind}, seed {seed}: questions")
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(KINDS[kind].ask(load_adaptive(out / f"{kind}-{seed}", kind=kind))))
+        partial.rename(kept)
+    return json.loads(kept.read_text())
+
+
 def numbers_of(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Every number among the facts, with a name that says where it stands."""
     found: dict[str, float] = {}
@@ -63,16 +76,22 @@ def numbers_of(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def table(by_seed: Sequence[Mapping[str, float]]) -> list[str]:
-    """One line per number: the mean and the smallest and largest over seeds."""
+    """One line per number: the mean and the smallest and largest over the seeds that have it."""
     lines = ["| number | mean | least | most |", "|---|---|---|---|"]
-    for name in by_seed[0]:
+    for name in dict.fromkeys(name for facts in by_seed for name in facts):
         values = [facts[name] for facts in by_seed if name in facts]
         lines.append(f"| {name} | {statistics.fmean(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
     return lines
 
 
 def study(
-    kinds: Sequence[str], seeds: Sequence[int], out: Path, *, rows: int, arms: Sequence[str] | None = None
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    rows: int,
+    arms: Sequence[str] | None = None,
+    questions: bool = True,
 ) -> Path:
     """Train what is missing, and write `results.md` and a page of pictures per kind."""
     lines = [f"Seeds {', '.join(map(str, seeds))}."]
@@ -87,6 +106,9 @@ def study(
             else:
                 lines += ["", f"### {kind}, held against {name}", ""]
                 lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
+        asked = [answers(kind, seed, out) for seed in seeds] if questions else [{}]
+        for question in asked[0]:
+            lines += ["", f"### {kind}: {question}", "", *table([of_seed.get(question, {}) for of_seed in asked])]
         saved = load_adaptive(out / f"{kind}-{seeds[0]}")
         trace = KINDS[kind].target(saved).trace(KINDS[kind].inputs(saved)[1][:SHOWN])
         write_pictures(out / f"{kind}.html", kind, [trace.picture(number) for number in range(len(trace))])
@@ -107,9 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of held-out text for duo-llm")
     names = sorted({name for of_kind in ARMS.values() for name in of_kind})
     parser.add_argument("--arms", nargs="*", choices=names, help="some of what they are held against; none: no names")
+    parser.add_argument("--questions", action=argparse.BooleanOptionalAction, default=True, help="of their features")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(study(options.kinds, options.seeds, options.out, rows=options.rows, arms=options.arms).read_text())
+    chosen = {"rows": options.rows, "arms": options.arms, "questions": options.questions}
+    print(study(options.kinds, options.seeds, options.out, **chosen).read_text())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from saekit.adaptive.attribution import DecisionAttribution
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.harvest import harvest, live_only
 from saekit.adaptive.interventions import Replay, deciding
+from saekit.adaptive.telling import FEWEST_ACTIVE
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError
@@ -26,7 +27,6 @@ from saekit.patching.operation import Operation
 from saekit.sae import SAE
 
 Path = Literal["decision", "content", "both"]
-_FEWEST_ACTIVE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,10 @@ def matched_features(codes: SparseCodes, feature: int, *, count: int = 20) -> tu
     """
     rate = codes.feature_counts().float()
     strength = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values) / rate.clamp(min=1)
-    usable = rate >= _FEWEST_ACTIVE
+    usable = rate >= FEWEST_ACTIVE
     if not 0 <= feature < codes.n_features or not bool(usable[feature]):
         raise SaekitError(
-            f"feature {feature} fires on fewer than {_FEWEST_ACTIVE} of these tokens; choose one that does"
+            f"feature {feature} fires on fewer than {FEWEST_ACTIVE} of these tokens; choose one that does"
         )
     apart = (rate / rate[feature]).log().abs() + (strength / strength[feature]).clamp(min=1e-9).log().abs()
     apart[~usable] = torch.inf
@@ -165,7 +165,7 @@ def strongest_by_effect(
     """
     codes = sae.encode(live_only(harvest(target, inputs, step)).vectors)
     size = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
-    size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= _FEWEST_ACTIVE)
+    size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= FEWEST_ACTIVE)
     tried = size.topk(min(candidates, int((size > 0).sum()))).indices.tolist()
     clean = target.trace(inputs)
     flipped = [effect_of(clean, trace_edited(target, inputs, sae, [one], step), step).flipped for one in tried]

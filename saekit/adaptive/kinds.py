@@ -21,6 +21,8 @@ from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
 from saekit.adaptive.duo_router import calibrate, router_logits
+from saekit.adaptive.questions import a_vit, adatape, duo_llm, rin
+from saekit.adaptive.questions.answers import Answers
 from saekit.adaptive.rin import RIN
 from saekit.adaptive.rin_recipe import DENOISING, RINRecipe
 from saekit.adaptive.rin_report import measure_rin
@@ -35,6 +37,9 @@ CALIBRATION_ROWS = 64
 FEATURE_ROWS, TEST_ROWS = 800, 24
 # made by RIN, for the same
 PICTURES, TEST_PICTURES = 500, 100
+# ten share their noise, so that questions whose unit is the picture need more: all, and those to learn from
+ASKED_PICTURES, ASKED_OF_THEM = 1300, 1000
+ASKED_SEQUENCES = 1024
 Weights = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -48,6 +53,7 @@ class Kind:
         measure: facts on held-out data; `rows` says how much text to read, where it is text.
         target: what traces and interventions take.
         inputs: batches to learn features from, and to test them on.
+        ask: what its specification asks of the features of decisions; minutes.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Kind:
     measure: Callable[[Saved, int], dict[str, Any]]
     target: Callable[[Saved], DecidingTarget]
     inputs: Callable[[Saved], tuple[Tensor, Tensor]]
+    ask: Callable[[Saved], Answers]
 
 
 def kind_of(name: str) -> Kind:
@@ -146,9 +153,10 @@ def _rows(saved: Saved) -> tuple[Tensor, Tensor]:
     return corpus.train.ids[:FEATURE_ROWS], corpus.held_out.ids[:TEST_ROWS]
 
 
-def _sequences(saved: Saved) -> tuple[Tensor, Tensor]:
+def _sequences(saved: Saved, tested: int = 4096) -> tuple[Tensor, Tensor]:
     length = cast(AdaTape, saved.model).config.length
-    return tuple(sequences(4096, length, torch.Generator().manual_seed(seed)) for seed in (1, 2))  # pyright: ignore
+    learnt, test = (sequences(4096, length, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    return learnt, test[:tested]
 
 
 @cache
@@ -168,6 +176,7 @@ KINDS: Mapping[str, Kind] = {
         measure=_measure_a_vit,
         target=lambda saved: a_vit_target(cast(AViT, saved.model)),
         inputs=_digits,
+        ask=lambda saved: a_vit.ask(cast(AViT, saved.model), load_digits(int(saved.recipe.get("seed", 0)))),
     ),
     "duo-llm": Kind(
         name="duo-llm",
@@ -176,6 +185,9 @@ KINDS: Mapping[str, Kind] = {
         measure=_measure_duo,
         target=lambda saved: duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()),
         inputs=_rows,
+        ask=lambda saved: duo_llm.ask(
+            duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()), cast(DuoLLM, saved.model), *_rows(saved)
+        ),
     ),
     "adatape": Kind(
         name="adatape",
@@ -184,6 +196,7 @@ KINDS: Mapping[str, Kind] = {
         measure=lambda saved, rows: measure_adatape(cast(AdaTape, saved.model)),
         target=lambda saved: adatape_target(cast(AdaTape, saved.model)),
         inputs=_sequences,
+        ask=lambda saved: adatape.ask(cast(AdaTape, saved.model), *_sequences(saved, ASKED_SEQUENCES)),
     ),
     "rin": Kind(
         name="rin",
@@ -192,5 +205,10 @@ KINDS: Mapping[str, Kind] = {
         measure=lambda saved, rows: measure_rin(cast(RIN, saved.model), seed=int(saved.recipe.get("seed", 0))),
         target=lambda saved: rin_target(cast(RIN, saved.model)),
         inputs=lambda saved: (torch.arange(PICTURES), torch.arange(PICTURES, PICTURES + TEST_PICTURES)),
+        ask=lambda saved: rin.ask(
+            rin_target(cast(RIN, saved.model)),
+            cast(RIN, saved.model),
+            *torch.arange(ASKED_PICTURES).split(ASKED_OF_THEM),
+        ),
     ),
 }

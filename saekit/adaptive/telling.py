@@ -27,6 +27,12 @@ def auc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
     return float((mean_ranks(score)[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
+def activation_of(codes: SparseCodes, feature: int) -> Float[Tensor, " n_tokens"]:
+    """One feature's column, zeros and all."""
+    entries = codes.features == feature
+    return codes.values.new_zeros(codes.n_tokens).index_add(0, codes.token_of_entry()[entries], codes.values[entries])
+
+
 def feature_aucs(codes: SparseCodes, positive: Bool[Tensor, " n_tokens"]) -> Float[Tensor, " n_features"]:
     """The same of each feature's activation; nan where it fires on fewer than five tokens."""
     found = torch.full((codes.n_features,), torch.nan)
@@ -66,9 +72,7 @@ def best_telling(
         raise DataError("no feature tells anything: one decision everywhere, or no feature active; give more examples")
     feature = int((chosen - 0.5).abs().nan_to_num(-1).argmax())
     codes, positive = test
-    activation = codes.values.new_zeros(codes.n_tokens)
-    of_feature = codes.features == feature
-    activation[codes.token_of_entry()[of_feature]] = codes.values[of_feature]
+    activation = activation_of(codes, feature)
     upwards = bool(chosen[feature] > 0.5)
     return Telling(feature, auc(activation if upwards else -activation, positive), upwards)
 
@@ -101,7 +105,10 @@ def probe(
         raise DataError("a probe needs two classes, and all labels are the same; give other examples")
     mean, spread = train.mean(0), train.std(0).clamp(min=1e-6)
     fitted = LogisticRegression(max_iter=1000).fit(((train - mean) / spread).numpy(), labels.numpy())
-    return torch.from_numpy(fitted.predict_log_proba(((test - mean) / spread).numpy()))
+    logits = torch.from_numpy(fitted.decision_function(((test - mean) / spread).numpy()))
+    if logits.ndim == 1:  # of two classes it gives the difference
+        logits = torch.stack([torch.zeros_like(logits), logits], 1)
+    return logits.log_softmax(1)
 
 
 def probe_auc(
