@@ -46,8 +46,7 @@ def test_the_bundled_a_vit_reports_what_was_measured_when_it_was_saved(capsys):
     for name in ("accuracy", "control_accuracy", "mac_ratio", "shuffled_accuracy"):
         assert facts[name] == pytest.approx(saved[name], abs=0.005)  # one image in 360 is 0.003
     assert facts["mac_ratio"] <= 0.65
-    # five seeds lose 0.000 to 0.017, 0.0106 on average (benchmarks/adaptive); the bundled one loses the most
-    assert facts["control_accuracy"] - facts["accuracy"] <= 0.017
+    assert facts["control_accuracy"] - facts["accuracy"] <= 0.01
     assert facts["shuffled_accuracy"] < facts["accuracy"]
     assert facts["depth_auc"] > 0.6
 

@@ -40,7 +40,7 @@ class AViTRecipe:
     patch: int = 2
     channels: int = 1
     batch: int = 49
-    plain_epochs: int = 40
+    plain_epochs: int = 80
     halting_epochs: int = 20
     learning_rate: float = 3e-3
     halting_learning_rate: float = 1e-3
