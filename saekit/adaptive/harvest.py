@@ -1,7 +1,7 @@
 """What deciders read, with the address of every vector: example, place, step, and whether its token had stopped."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch
@@ -13,6 +13,7 @@ from saekit.errors import DataError
 from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.selection import TopK
+from saekit.targets import Site
 from saekit.training.config import TrainConfig
 from saekit.training.loop import train
 
@@ -78,11 +79,32 @@ def train_decision_sae(
     seed: int = 0,
 ) -> SAE:
     """An SAE with TopK on what a step decides on, live tokens only."""
-    site = target.step(step).reads
-    source = TensorSource(site=site, vectors=live_only(harvest(target, inputs, step)).vectors)
+    vectors = live_only(harvest(target, inputs, step)).vectors
+    name = target.target.name
+    return train_sae_on(
+        target.step(step).reads, vectors, n_features=n_features, k=k, tokens=tokens, seed=seed, name=name
+    )
+
+
+def train_sae_on(
+    site: Site,
+    vectors: Float[Tensor, "n d_model"],
+    *,
+    n_features: int,
+    k: int,
+    tokens: int,
+    seed: int,
+    name: str,
+    buffer_tokens: int = 1 << 18,
+) -> SAE:
+    """An SAE with TopK on vectors that were read before; `name` is the model's.
+
+    Args:
+        buffer_tokens: shuffled at a time; fewer is faster where the vectors are few.
+    """
     # what a decider reads varies in few directions, and an encoder that starts short leaves most features silent on it
     config = TrainConfig(site=site, rule=TopK(k), n_features=n_features, tokens=tokens, seed=seed, encoder_start="unit")
-    return train([config], source, model_name=target.target.name)[0]
+    return train([config], TensorSource(site=site, vectors=vectors, buffer_tokens=buffer_tokens), model_name=name)[0]
 
 
 def _kept(batch: Tensor, live: Tensor, tokens: TokenMask) -> tuple[Tensor, Int[Tensor, "batch places"]]:

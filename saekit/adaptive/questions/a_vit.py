@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.activations.harvest import TensorSource
 from saekit.adaptive.a_vit import AViT
 from saekit.adaptive.a_vit_report import accuracy
 from saekit.adaptive.attribution import attribute_decisions
 from saekit.adaptive.deciding import a_vit_target
 from saekit.adaptive.digits import LabelledImages, on_canvas, shifts
 from saekit.adaptive.effects import strongest
-from saekit.adaptive.harvest import harvest, live_only
+from saekit.adaptive.harvest import harvest, live_only, train_sae_on
 from saekit.adaptive.interventions import Shift, deciding
 from saekit.adaptive.questions.a_vit_causes import attacked, caused, lost_with_tokens, moved_at
 from saekit.adaptive.questions.a_vit_views import Seen, View
@@ -25,10 +24,6 @@ from saekit.adaptive.questions.answers import Answers
 from saekit.adaptive.telling import activation_of, auc, best_telling, overlap, probe_auc, rate_by
 from saekit.errors import DataError
 from saekit.patching.statistics import rank_correlation
-from saekit.sae import SAE
-from saekit.selection import TopK
-from saekit.training.config import TrainConfig
-from saekit.training.loop import train
 
 FEWEST = 20  # decisions of either sort, for a layer to be asked about
 INK_BINS = 20
@@ -82,12 +77,14 @@ def open_layers(halves: Sequence[Seen]) -> list[int]:
 def who_halts(views: Sequence[View], *, tokens: int, seed: int) -> dict[str, float]:
     """AUC of halting here: the best feature, one of an SAE that never saw channel 0, probes, position, ink."""
     found: dict[str, float] = {}
+    target = views[0].target
     for view in views:
         here, (train, test) = f"layer {view.step}", (view.halts(0), view.halts(1))
         codes = [view.codes[half].select(view.patches(half)) for half in (0, 1)]
         vectors = [view.batches[half].vectors[view.patches(half)] for half in (0, 1)]
         without = [batch[:, 1:] for batch in vectors]
-        blind = _blind_sae(view, without[0], tokens=tokens, seed=seed)
+        site, name = target.step(view.step).reads, target.target.name
+        blind = train_sae_on(site, without[0], n_features=192, k=8, tokens=tokens, seed=seed, name=name)
         best = best_telling((codes[0], train), (codes[1], test))
         with torch.no_grad():
             best_blind = best_telling((blind.encode(without[0]), train), (blind.encode(without[1]), test))
@@ -200,12 +197,6 @@ def class_token(views: Sequence[View]) -> dict[str, float]:
         found[f"{name}: accuracy"] = accuracy(logits[rows, layer], labels)
         found[f"{name}: says the final answer"] = float((logits[rows, layer].argmax(1) == answers).float().mean())
     return found
-
-
-def _blind_sae(view: View, vectors: Float[Tensor, "n width"], *, tokens: int, seed: int) -> SAE:
-    site = view.target.step(view.step).reads
-    config = TrainConfig(site=site, rule=TopK(8), n_features=192, tokens=tokens, seed=seed, encoder_start="unit")
-    return train([config], TensorSource(site=site, vectors=vectors), model_name="a-vit")[0]
 
 
 def _place(view: View, half: int) -> Int[Tensor, " patches"]:

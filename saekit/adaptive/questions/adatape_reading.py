@@ -7,20 +7,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations.harvest import TensorSource
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.adatape_recipe import parity
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.effects import matched_features
+from saekit.adaptive.harvest import train_sae_on
 from saekit.adaptive.telling import FEWEST_ACTIVE
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.sae import SAE
-from saekit.selection import TopK
 from saekit.targets import Site
 from saekit.targets.target import Edit
-from saekit.training.config import TrainConfig
-from saekit.training.loop import train
 
 TAPE, VALID, OWN = Site.parse("tape_map:out"), Site.parse("valid:out"), Site.parse("embed:out")
 
@@ -131,9 +128,8 @@ def train_sae(
     site: Site, vectors: Float[Tensor, "n d_model"], *, n_features: int = 64, k: int = 4, tokens: int, seed: int
 ) -> SAE:
     """With TopK, on vectors that were read before."""
-    config = TrainConfig(site=site, rule=TopK(k), n_features=n_features, tokens=tokens, seed=seed, encoder_start="unit")
-    source = TensorSource(site=site, vectors=vectors, buffer_tokens=1 << 14)
-    return train([config], source, model_name="adatape")[0].requires_grad_(False)
+    sizes = {"n_features": n_features, "k": k, "tokens": tokens, "buffer_tokens": 1 << 14}
+    return train_sae_on(site, vectors, seed=seed, name="adatape", **sizes).requires_grad_(False)
 
 
 def like_it(codes: SparseCodes, feature: int, screen: Screen) -> tuple[int, ...]:

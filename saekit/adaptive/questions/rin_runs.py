@@ -12,18 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.activations.harvest import TensorSource
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.diffusion import Sampler
 from saekit.adaptive.effects import matched_features
+from saekit.adaptive.harvest import train_sae_on
 from saekit.adaptive.rin import RIN
 from saekit.codes import SparseCodes
 from saekit.sae import SAE
-from saekit.selection import TopK
 from saekit.targets import Site
 from saekit.targets.target import Edit
-from saekit.training.config import TrainConfig
-from saekit.training.loop import train
 
 N_FEATURES, K = 192, 8
 CONTROLS = 19
@@ -131,10 +128,8 @@ def learn(vectors: Places, name: str, *, tokens: int, seed: int, centred: bool =
     """A dictionary of the vectors of all steps, pictures and places, with the slots' means taken away if `centred`."""
     site = Site.parse(name)
     centre = vectors.mean((0, 1)) * centred
-    # "unit": latents vary in few directions, as what deciders read does (see train_decision_sae)
-    config = TrainConfig(site=site, rule=TopK(K), n_features=N_FEATURES, tokens=tokens, seed=seed, encoder_start="unit")
-    source = TensorSource(site=site, vectors=(vectors - centre).flatten(0, -2))
-    return Dictionary(train([config], source, model_name="rin")[0], centre)
+    sizes = {"n_features": N_FEATURES, "k": K, "tokens": tokens}
+    return Dictionary(train_sae_on(site, (vectors - centre).flatten(0, -2), seed=seed, name="rin", **sizes), centre)
 
 
 def quality(
