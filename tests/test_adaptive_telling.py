@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
+from saekit.adaptive.questions.answers import LeftOutWarning, answered
 from saekit.adaptive.telling import (
     activation_of,
     auc,
@@ -86,3 +87,13 @@ def test_mutual_information_is_that_of_the_joint_counts():
 
 def test_overlap_is_a_share():
     assert overlap([1, 2, 3, 4], [4, 9, 1, 8]) == 0.5
+
+
+def test_a_question_that_cannot_be_asked_is_left_out_and_named():
+    def refused() -> dict[str, float]:
+        raise DataError("all tapes are equally long")
+
+    questions = {"first": lambda: {"a": 1.0}, "second": refused, "third": lambda: {"b": 2.0}}
+    with pytest.warns(LeftOutWarning, match="left out: second; all tapes are equally long"):
+        found = answered(questions)
+    assert found == {"first": {"a": 1.0}, "third": {"b": 2.0}}

@@ -9,6 +9,7 @@ features. README.md beside this file says what the numbers mean.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,10 @@ def answers(kind: str, seed: int, out: Path) -> Answers:
     if not kept.exists():
         note(f"{kind}, seed {seed}: questions")
         partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(KINDS[kind].ask(load_adaptive(out / f"{kind}-{seed}", kind=kind))))
+        asked = KINDS[kind].ask(load_adaptive(out / f"{kind}-{seed}", kind=kind))
+        # what has no number for this seed (no pair to compare, say) is left to the others
+        finite = {q: {name: x for name, x in found.items() if math.isfinite(x)} for q, found in asked.items()}
+        partial.write_text(json.dumps(finite))
         partial.rename(kept)
     return json.loads(kept.read_text())
 
@@ -107,7 +111,7 @@ def study(
                 lines += ["", f"### {kind}, held against {name}", ""]
                 lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
         asked = [answers(kind, seed, out) for seed in seeds] if questions else [{}]
-        for question in asked[0]:
+        for question in dict.fromkeys(question for of_seed in asked for question in of_seed):
             lines += ["", f"### {kind}: {question}", "", *table([of_seed.get(question, {}) for of_seed in asked])]
         saved = load_adaptive(out / f"{kind}-{seeds[0]}")
         trace = KINDS[kind].target(saved).trace(KINDS[kind].inputs(saved)[1][:SHOWN])

@@ -21,7 +21,7 @@ from saekit.adaptive.interventions import Replay, deciding
 from saekit.adaptive.telling import FEWEST_ACTIVE
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
-from saekit.errors import SaekitError
+from saekit.errors import DataError, SaekitError
 from saekit.patching import Intervention, OffDistributionWarning, Scale, intervening
 from saekit.patching.operation import Operation
 from saekit.sae import SAE
@@ -167,6 +167,10 @@ def strongest_by_effect(
     size = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
     size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= FEWEST_ACTIVE)
     tried = size.topk(min(candidates, int((size > 0).sum()))).indices.tolist()
+    if not tried:
+        raise DataError(
+            f"no feature fires on {FEWEST_ACTIVE} of these tokens, so that none can be tried; give more inputs"
+        )
     clean = target.trace(inputs)
     flipped = [effect_of(clean, trace_edited(target, inputs, sae, [one], step), step).flipped for one in tried]
     return [tried[place] for place in torch.tensor(flipped).topk(min(count, len(tried))).indices.tolist()]

@@ -25,7 +25,7 @@ from saekit.adaptive.questions import a_vit, adatape, duo_llm, rin
 from saekit.adaptive.questions.answers import Answers
 from saekit.adaptive.rin import RIN
 from saekit.adaptive.rin_recipe import DENOISING, RINRecipe
-from saekit.adaptive.rin_report import measure_rin
+from saekit.adaptive.rin_report import Judge, measure_rin
 from saekit.adaptive.rin_target import rin_target
 from saekit.adaptive.saved import Saved, filled, save_adaptive
 from saekit.adaptive.stages import STATE_FILE, OnReport, Recipe, train_stages
@@ -209,6 +209,7 @@ KINDS: Mapping[str, Kind] = {
             rin_target(cast(RIN, saved.model)),
             cast(RIN, saved.model),
             *torch.arange(ASKED_PICTURES).split(ASKED_OF_THEM),
+            judge=Judge(load_digits(int(saved.recipe.get("seed", 0)))).says,
         ),
     ),
 }

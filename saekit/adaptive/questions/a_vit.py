@@ -20,7 +20,7 @@ from saekit.adaptive.harvest import harvest, live_only, train_sae_on
 from saekit.adaptive.interventions import Shift, deciding
 from saekit.adaptive.questions.a_vit_causes import attacked, caused, lost_with_tokens, moved_at
 from saekit.adaptive.questions.a_vit_views import Seen, View
-from saekit.adaptive.questions.answers import Answers
+from saekit.adaptive.questions.answers import Answers, answered
 from saekit.adaptive.telling import activation_of, auc, best_telling, overlap, probe_auc, rate_by
 from saekit.errors import DataError
 from saekit.patching.statistics import rank_correlation
@@ -52,17 +52,19 @@ def ask(model: AViT, digits: LabelledImages, *, tokens: int = 200_000, seed: int
         raise DataError(
             f"in no layer do {FEWEST} patches halt and {FEWEST} go on; train it longer, or give more images"
         )
-    return {
-        "what tells that a patch halts": who_halts(views, tokens=tokens, seed=seed),
-        "what tells that a patch stays to the end": who_stays(views),
-        "what features do to decisions and answers": caused(views),
-        "what the features are of": of_what(views),
-        "what leaves with the tokens": lost_with_tokens(views[-1]),
-        "whether the same features decide when less or more halts": at_other_levels(views),
-        "what tells an image that takes long": long_images(views),
-        "when the class token has its answer": class_token(views),
-        "how far one feature can drive the cost": attacked(views),
-    }
+    return answered(
+        {
+            "what tells that a patch halts": lambda: who_halts(views, tokens=tokens, seed=seed),
+            "what tells that a patch stays to the end": lambda: who_stays(views),
+            "what features do to decisions and answers": lambda: caused(views),
+            "what the features are of": lambda: of_what(views),
+            "what leaves with the tokens": lambda: lost_with_tokens(views[-1]),
+            "whether the same features decide when less or more halts": lambda: at_other_levels(views),
+            "what tells an image that takes long": lambda: long_images(views),
+            "when the class token has its answer": lambda: class_token(views),
+            "how far one feature can drive the cost": lambda: attacked(views),
+        }
+    )
 
 
 def open_layers(halves: Sequence[Seen]) -> list[int]:

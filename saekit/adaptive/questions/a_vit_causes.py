@@ -19,6 +19,7 @@ from saekit.adaptive.effects import (
 )
 from saekit.adaptive.interventions import DecisionEdit, Force, Replay, deciding, shuffled
 from saekit.adaptive.questions.a_vit_views import View
+from saekit.adaptive.telling import FEWEST_ACTIVE
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.patching import Intervention, OffDistributionWarning, Scale, intervening
@@ -44,7 +45,7 @@ def caused(views: Sequence[View]) -> dict[str, float]:
             f"{here}: gate alone, p": ranked.p,
         }
         for dose, effect in dose_response(view.target, images, view.sae, feature, view.step).items():
-            found[f"{here}: gate alone, multiplications at dose {dose:g}"] = effect.macs
+            found[f"{here}: gate alone, change of multiplications at dose {dose:g}"] = effect.macs
         matched = matched_features(codes, feature, count=FEWER_CONTROLS)
         frozen = [_answers_changed(view, clean, one) for one in (feature, *matched)]
         both = trace_edited(view.target, images, view.sae, [feature], view.step, path="both")
@@ -112,7 +113,8 @@ def attacked(views: Sequence[View]) -> dict[str, float]:
         for view, level in zip(views, strong, strict=True):
             readout = view.target.step(view.step).readout
             assert readout is not None
-            chosen.append(int((sign * level * (view.sae.W_dec.detach() @ readout[0])).argmax()))
+            pushes = sign * level * (view.sae.W_dec.detach() @ readout[0])
+            chosen.append(int(pushes.nan_to_num(-torch.inf).argmax()))
         for dose in (0.5, 1.0, 2.0):
             trace = _clamped(views, chosen, strong, dose)
             found[f"{name}, dose {dose:g}: multiplications"] = float(trace.mac_ratio.mean())
@@ -158,10 +160,11 @@ def _with_edits(view: View, edits: Sequence[Intervention], by_site: Mapping[Site
 
 @torch.no_grad()
 def _strong(view: View) -> Float[Tensor, " features"]:
-    """Of each feature, a strong level on the training images; 0 where it never fires."""
+    """Of each feature, a strong level on the training images; nan where it fires on fewer than five tokens."""
     columns = view.codes[0].active().by_feature()
     parts = columns.values.split(columns.column_starts.diff().tolist())
-    return torch.stack([part.quantile(STRONG) if len(part) else part.new_zeros(()) for part in parts])
+    never = torch.full((), torch.nan)
+    return torch.stack([part.quantile(STRONG) if len(part) >= FEWEST_ACTIVE else never for part in parts])
 
 
 def _class_token(view: View, site: Site, edits: Sequence[DecisionEdit]) -> tuple[Tensor, SparseCodes, Tensor]:

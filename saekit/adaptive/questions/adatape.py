@@ -25,7 +25,7 @@ from saekit.adaptive.questions.adatape_causes import boundary
 from saekit.adaptive.questions.adatape_flow import flow, large_tapes
 from saekit.adaptive.questions.adatape_queries import attributed, causes_of_halts, causes_of_picks, steered
 from saekit.adaptive.questions.adatape_reading import OWN, TAPE, Reading, Screen, permuted, read_tapes, train_sae
-from saekit.adaptive.questions.answers import Answers
+from saekit.adaptive.questions.answers import Answers, answered
 from saekit.adaptive.telling import FEWEST_ACTIVE, mutual_information, probe_auc
 from saekit.errors import SaekitError
 from saekit.losses import fvu
@@ -63,7 +63,10 @@ def ask(
         SaekitError: a model of pictures, or one whose bank is learnt.
     """
     if not isinstance(model.seen, Symbols) or model.learnt_bank is not None:
-        raise SaekitError("these questions are about sequences in a bank made of them; of other banks ask bank_use")
+        raise SaekitError(
+            "these questions are about sequences in a bank made of them; of another bank "
+            "saekit.adaptive.questions.adatape_bank.bank_use tells the use"
+        )
     target = adatape_target(model)
     train, test = (read_tapes(target, model, inputs) for inputs in (train_inputs, test_inputs))
     tape = train_sae(TAPE, train.tape[train.live], tokens=tokens, seed=seed)
@@ -73,26 +76,34 @@ def ask(
     query = train_sae(Site.parse("reader.query:out"), train.queries[train.live], tokens=tokens, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OffDistributionWarning)
-        return {
-            "what features of tape tokens are tied to": tied_to(tape, train, test, seed=seed),
-            "what features of tape tokens are tied to, at the last block": tied_to(
-                last, train, test, at_last=True, seed=seed
-            ),
-            "whether a feature counts the ones at their boundary": boundary(target, tape, train, test, screen),
-            "which features make the score of an entry": attributed(
-                model, query, train, test, tokens=tokens, seed=seed
-            ),
-            "which features of a query pick": causes_of_picks(target, query, train, test, screen),
-            "which features of a query end the tape": causes_of_halts(target, query, train, test, screen),
-            "how the bank is used": bank_use(
-                model, (train_inputs, test_inputs), (train.labels, test.labels), tokens=tokens, seed=seed
-            )
-            | order_of(test, seed=seed),
-            "how the tape reaches the answer": flow(target, model, tape, own, train, test, screen),
-            "which features only long tapes have": large_tapes(target, model, tape, last, train, test, seed=seed),
-            "what is on the tape and not in the sequence's token": apart(train, test, tokens=tokens, seed=seed),
-            "whether the first query can be steered": steered(target, query, train, test, screen),
-        }
+        return answered(
+            {
+                "what features of tape tokens are tied to": lambda: tied_to(tape, train, test, seed=seed),
+                "what features of tape tokens are tied to, at the last block": lambda: tied_to(
+                    last, train, test, at_last=True, seed=seed
+                ),
+                "whether a feature counts the ones at their boundary": lambda: boundary(
+                    target, tape, train, test, screen
+                ),
+                "which features make the score of an entry": lambda: attributed(
+                    model, query, train, test, tokens=tokens, seed=seed
+                ),
+                "which features of a query pick": lambda: causes_of_picks(target, query, train, test, screen),
+                "which features of a query end the tape": lambda: causes_of_halts(target, query, train, test, screen),
+                "how the bank is used": lambda: (
+                    bank_use(model, (train_inputs, test_inputs), (train.labels, test.labels), tokens=tokens, seed=seed)
+                    | order_of(test, seed=seed)
+                ),
+                "how the tape reaches the answer": lambda: flow(target, model, tape, own, train, test, screen),
+                "which features only long tapes have": lambda: large_tapes(
+                    target, model, tape, last, train, test, seed=seed
+                ),
+                "what is on the tape and not in the sequence's token": lambda: apart(
+                    train, test, tokens=tokens, seed=seed
+                ),
+                "whether the first query can be steered": lambda: steered(target, query, train, test, screen),
+            }
+        )
 
 
 def tied_to(sae: SAE, train: Reading, test: Reading, *, at_last: bool = False, seed: int = 0) -> dict[str, float]:

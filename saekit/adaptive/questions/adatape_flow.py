@@ -152,7 +152,8 @@ def large_tapes(
     Raises:
         DataError: all tapes are equally long.
     """
-    shared, longest = int(train.length.min()), int(train.length.max())
+    shared = int(min(train.length.min(), test.length.min()))
+    longest = int(train.length.max())
     if shared == longest:
         raise DataError(f"all tapes have {longest} tokens, so that none is long; give other sequences")
     runs = {"free": test}

@@ -38,7 +38,6 @@ TOP = 5
 # of answers may change where the length is to change alone; and how far the dial of tau is turned beside
 FEW, DIAL = 0.02, 0.25
 # of a feature, that are added to the first query
-STRENGTHS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,13 +170,15 @@ def causes_of_picks(
     What is read is a set of symbols: entries of one symbol are alike. The step is the one at which what is read
     varies most among sequences of the training half, of those that leave something unread.
     """
-    varied = [len(_read(train.trace, train.inputs, step).unique(dim=0)) for step in range(max(1, train.first_pass - 1))]
+    open_steps = range(max(1, train.first_pass - 1))
+    read = [_read(train.trace, train.inputs, step)[train.live[:, step]] for step in open_steps]
+    varied = [len(one.unique(dim=0)) for one in read]
     step = max(range(len(varied)), key=varied.__getitem__)
 
     def changed(reading: Reading, feature: int, dose: float = 0.0) -> float:
         edited = trace_edited(target, reading.inputs, sae, [feature], step, dose=dose)
         was, now = (_read(trace, reading.inputs, step) for trace in (reading.trace, edited))
-        return share((was != now).any(1))
+        return share((was != now).any(1)[reading.live[:, step]])
 
     codes = sae.encode(train.queries[:, step][train.live[:, step]])
     few = train.part(screen.inputs)
@@ -253,7 +254,7 @@ def causes_of_halts(
 def steered(target: DecidingTarget, sae: SAE, train: Reading, test: Reading, screen: Screen) -> dict[str, float]:
     """Add a feature to the first query: does reading become longer, or shorter, and the answer stay?
 
-    For either way the feature, its sign and how often its mean strength is added are those that change the mean length
+    For either way the feature and the sign with which its mean strength is added are those that change the mean length
     most on some of the training half, of those that change at most 2% of its answers there. Doses are in units of that
     amount; features like it and random directions are added as much. The dial shifts what is compared with tau.
     """
@@ -282,7 +283,7 @@ def steered(target: DecidingTarget, sae: SAE, train: Reading, test: Reading, scr
             continue
         chosen, times = max(quiet, key=lambda key: towards * quiet[key][0])
         amount = times * float(strength[chosen])
-        found[f"{way}_strengths"] = times
+        found[f"{way}_sign"] = times
         for dose in DOSES[1:]:
             length, answers = pushed(test, row[chosen], dose * amount)
             found |= {f"{way}_length_at_{dose:g}": length, f"{way}_answers_at_{dose:g}": answers}

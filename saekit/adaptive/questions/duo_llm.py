@@ -17,12 +17,12 @@ from saekit.adaptive.duo_llm import BIG, DuoLLM
 from saekit.adaptive.duo_oracle import ref
 from saekit.adaptive.effects import score_shift, strongest
 from saekit.adaptive.harvest import train_decision_sae
-from saekit.adaptive.questions.answers import Answers
+from saekit.adaptive.questions.answers import Answers, answered
 from saekit.adaptive.questions.duo_llm_causes import steering, what_a_feature_does
 from saekit.adaptive.questions.duo_llm_halves import Case, Half, by_balance, half_big_routes, half_of
 from saekit.adaptive.questions.duo_llm_modules import small_beside_big, transfer_between_routes
 from saekit.adaptive.telling import FEWEST_ACTIVE, auc, best_telling, feature_aucs, probe_auc, rate_by
-from saekit.errors import DataError
+from saekit.errors import DataError, SaekitError
 from saekit.patching.statistics import rank_correlation
 
 # of the training rows: to choose and fit by, and for SAEs on other routes
@@ -52,21 +52,33 @@ def ask(
     Raises:
         SaekitError: too few other features that fire, or a layer that takes one option everywhere.
     """
+    if model.config.layers < 2:
+        raise SaekitError("a model of one layer has no route with half of its layers big; ask one of two or more")
     number, other = by_balance(target, train_inputs[:CHOOSING_ROWS])[:2]
     sae = train_decision_sae(target, train_inputs, number, n_features=n_features, k=k, tokens=tokens, seed=seed)
     halves = [half_of(target, model, ids, sae, number) for ids in (train_inputs[:CHOOSING_ROWS], test_inputs)]
     case = Case(target=target, model=model, number=number, sae=sae, train=halves[0], test=halves[1])
-    return {
-        "which features go with the router's choice": router_choice(case),
-        "can the best choice be told": best_choice(case),
-        "what a feature does to the choice and to the content": what_a_feature_does(case, other, controls=controls),
-        "do router features follow absolute or relative difficulty": difficulty(case),
-        "is the small module an approximation of the big one": small_beside_big(case, seed=seed),
-        "do features learnt on one route serve another": transfer_between_routes(
-            target, train_inputs[:ROUTE_ROWS], test_inputs, n_features=n_features, k=k, tokens=tokens // 2, seed=seed
-        ),
-        "can a feature steer compute": steering(case, controls=controls),
-    }
+    return answered(
+        {
+            "which features go with the router's choice": lambda: router_choice(case),
+            "can the best choice be told": lambda: best_choice(case),
+            "what a feature does to the choice and to the content": lambda: what_a_feature_does(
+                case, other, controls=controls
+            ),
+            "do router features follow absolute or relative difficulty": lambda: difficulty(case),
+            "is the small module an approximation of the big one": lambda: small_beside_big(case, seed=seed),
+            "do features learnt on one route serve another": lambda: transfer_between_routes(
+                target,
+                train_inputs[:ROUTE_ROWS],
+                test_inputs,
+                n_features=n_features,
+                k=k,
+                tokens=tokens // 2,
+                seed=seed,
+            ),
+            "can a feature steer compute": lambda: steering(case, controls=controls),
+        }
+    )
 
 
 def router_choice(case: Case) -> dict[str, float]:

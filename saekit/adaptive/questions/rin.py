@@ -15,7 +15,7 @@ from saekit.activations.batch import ActivationBatch
 from saekit.activations.harvest import TensorSource
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.digits import load_digits
-from saekit.adaptive.questions.answers import Answers
+from saekit.adaptive.questions.answers import Answers, answered
 from saekit.adaptive.questions.rin_causes import memory, solved
 from saekit.adaptive.questions.rin_runs import (
     N_FEATURES,
@@ -82,28 +82,31 @@ def ask(
         "after reading": (_of_reading, learn(runs.after_reading, "model.z_read", tokens=tokens, seed=seed)),
     }
     main = learnt["centred"][1]
-    answers = {
-        "slots or content": {
-            f"{name}: {what}": value
-            for name, (part, dictionary) in learnt.items()
-            for what, value in slots(dictionary, part(runs), part(test), test.labels, seed=seed).items()
-        }
-        | _shares_of_variance(test.latents),
-        "one dictionary across noise levels": {
+    questions = {
+        "slots or content": lambda: (
+            {
+                f"{name}: {what}": value
+                for name, (part, dictionary) in learnt.items()
+                for what, value in slots(dictionary, part(runs), part(test), test.labels, seed=seed).items()
+            }
+            | _shares_of_variance(test.latents)
+        ),
+        "one dictionary across noise levels": lambda: {
             f"{name}: {what}": value
             for name in ("centred", "content slots")
             for what, value in noise_levels(learnt[name][1], learnt[name][0](test), test.labels, seed=seed).items()
         },
-        "memory": memory(target, model, main, runs, test, judge),
-        "read against write": read_and_write(runs, test, tokens=tokens, seed=seed),
-        "already solved": solved(target, model, main, runs, test, test_inputs),
-        "steering": steering(target, model, main, runs, test, test_inputs, judge, seed=seed),
+        "memory": lambda: memory(target, model, main, runs, test, judge),
+        "read against write": lambda: read_and_write(runs, test, tokens=tokens, seed=seed),
+        "already solved": lambda: solved(target, model, main, runs, test, test_inputs),
+        "steering": lambda: steering(target, model, main, runs, test, test_inputs, judge, seed=seed),
     }
     if other is not None:
         theirs = rin_target(other, target.target.model.sampling)  # pyright: ignore[reportArgumentType]
         others = [read_runs(theirs, other, inputs) for inputs in (train_inputs, test_inputs)]
-        answers["transfer"] = transfer(main, (runs, test), (others[0], others[1]), tokens=tokens, seed=seed)
-    return answers
+        pair = others[0], others[1]
+        questions["transfer"] = lambda: transfer(main, (runs, test), pair, tokens=tokens, seed=seed)
+    return answered(questions)
 
 
 def _of_latents(runs: Runs) -> Tensor:
@@ -116,7 +119,7 @@ def _of_reading(runs: Runs) -> Tensor:
 
 def purity(codes: SparseCodes, key: Int[Tensor, " n_tokens"]) -> Float[Tensor, " n_features"]:
     """Of each feature's firings the share with its commonest key; nan below twenty firings."""
-    counts = torch.zeros(codes.n_features, int(key.max()) + 1)
+    codes, counts = codes.active(), torch.zeros(codes.n_features, int(key.max()) + 1)
     where = codes.features, key[codes.token_of_entry()]
     counts.index_put_(where, torch.ones(len(codes.features)), accumulate=True)
     fired = counts.sum(1)
@@ -173,6 +176,7 @@ def noise_levels(dictionary: Dictionary, vectors: Places, labels: Int[Tensor, " 
         "": torch.arange(steps)[:, None, None].expand(steps, n, places),
         ", shuffled": torch.rand(steps, n, places, generator=generator).argsort(0),
     }
+    codes = codes.active()
     token, fired, third = codes.token_of_entry(), codes.feature_counts(), max(1, steps // 3)
     found = {
         f"fvu, {name} third": quality(dictionary, vectors[part], vectors[part])["fvu"]

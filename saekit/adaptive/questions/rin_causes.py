@@ -171,7 +171,7 @@ def solved(
     step = torch.tensor(list(late))[:, None, None].expand(asked.shape[:3]).flatten()
     codes = SparseCodes.from_dense(scores.flatten(0, 2))
     for what in ("entropy", "update"):
-        by_train = within(scores, measures[what]).masked_fill(fired < len(scores[0]), 0)
+        by_train = within(scores, measures[what]).masked_fill(fired < len(scores[0]), torch.inf)
         best = chosen[what] = int(by_train.argmin())
         by_test = {name: within(asked, value) for name, value in measures_test.items()}
         others = [float(by_test[what][other]) for other in like(codes, best)]

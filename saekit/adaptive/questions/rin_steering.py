@@ -95,6 +95,7 @@ def pushing(
     Args:
         codes: by which strength and slot are told, slots fastest.
     """
+    codes = codes.active()
     own = codes.features == feature
     row = dictionary.sae.W_dec[feature].detach()
     if direction is not None:
