@@ -74,36 +74,28 @@ def ask(
     # a sequence's own token is a sum of one embedding per symbol
     own = train_sae(OWN, train.base, k=min(model.config.length, 16), tokens=tokens, seed=seed)
     query = train_sae(Site.parse("reader.query:out"), train.queries[train.live], tokens=tokens, seed=seed)
+    how = {"tokens": tokens, "seed": seed}
+    labels = train.labels, test.labels
+    questions = {
+        "what features of tape tokens are tied to": lambda: tied_to(tape, train, test, seed=seed),
+        "what features of tape tokens are tied to, at the last block": lambda: tied_to(
+            last, train, test, at_last=True, seed=seed
+        ),
+        "whether a feature counts the ones at their boundary": lambda: boundary(target, tape, train, test, screen),
+        "which features make the score of an entry": lambda: attributed(model, query, train, test, **how),
+        "which features of a query pick": lambda: causes_of_picks(target, query, train, test, screen),
+        "which features of a query end the tape": lambda: causes_of_halts(target, query, train, test, screen),
+        "how the bank is used": lambda: (
+            bank_use(model, (train_inputs, test_inputs), labels, **how) | order_of(test, seed=seed)
+        ),
+        "how the tape reaches the answer": lambda: flow(target, model, tape, own, train, test, screen),
+        "which features only long tapes have": lambda: large_tapes(target, model, tape, last, train, test, seed=seed),
+        "what is on the tape and not in the sequence's token": lambda: apart(train, test, **how),
+        "whether the first query can be steered": lambda: steered(target, query, train, test, screen),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OffDistributionWarning)
-        return answered(
-            {
-                "what features of tape tokens are tied to": lambda: tied_to(tape, train, test, seed=seed),
-                "what features of tape tokens are tied to, at the last block": lambda: tied_to(
-                    last, train, test, at_last=True, seed=seed
-                ),
-                "whether a feature counts the ones at their boundary": lambda: boundary(
-                    target, tape, train, test, screen
-                ),
-                "which features make the score of an entry": lambda: attributed(
-                    model, query, train, test, tokens=tokens, seed=seed
-                ),
-                "which features of a query pick": lambda: causes_of_picks(target, query, train, test, screen),
-                "which features of a query end the tape": lambda: causes_of_halts(target, query, train, test, screen),
-                "how the bank is used": lambda: (
-                    bank_use(model, (train_inputs, test_inputs), (train.labels, test.labels), tokens=tokens, seed=seed)
-                    | order_of(test, seed=seed)
-                ),
-                "how the tape reaches the answer": lambda: flow(target, model, tape, own, train, test, screen),
-                "which features only long tapes have": lambda: large_tapes(
-                    target, model, tape, last, train, test, seed=seed
-                ),
-                "what is on the tape and not in the sequence's token": lambda: apart(
-                    train, test, tokens=tokens, seed=seed
-                ),
-                "whether the first query can be steered": lambda: steered(target, query, train, test, screen),
-            }
-        )
+        return answered(questions)
 
 
 def tied_to(sae: SAE, train: Reading, test: Reading, *, at_last: bool = False, seed: int = 0) -> dict[str, float]:
