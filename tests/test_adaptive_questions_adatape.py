@@ -10,12 +10,13 @@ from saekit.adaptive.adatape import AdaTape, AdaTapeConfig
 from saekit.adaptive.adatape_recipe import parity, sequences
 from saekit.adaptive.deciding import adatape_target
 from saekit.adaptive.effects import trace_edited
-from saekit.adaptive.questions.adatape import Paired, ask, informations
+from saekit.adaptive.questions.adatape import ask, informations
 from saekit.adaptive.questions.adatape_bank import bank_use
 from saekit.adaptive.questions.adatape_causes import boundary
 from saekit.adaptive.questions.adatape_flow import flow, large_tapes
 from saekit.adaptive.questions.adatape_queries import Gaps, causes_of_halts, causes_of_picks, divided, gaps_of
 from saekit.adaptive.questions.adatape_reading import OWN, TAPE, Reading, Screen, permuted, read_tapes, train_sae
+from saekit.adaptive.questions.paired import Paired
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
 from saekit.selection import TopK

@@ -9,8 +9,8 @@ import torch
 from saekit.adaptive.diffusion import Sampling
 from saekit.adaptive.questions import rin as questions
 from saekit.adaptive.questions import rin_runs, rin_steering
-from saekit.adaptive.questions.rin import _Pair as Pair
-from saekit.adaptive.questions.rin import ask, noise_levels, purity, sides, slots, transfer
+from saekit.adaptive.questions.paired import Paired
+from saekit.adaptive.questions.rin import ask, noise_levels, sides, slots, transfer
 from saekit.adaptive.questions.rin_causes import forgetting, inky, race, same_class, within
 from saekit.adaptive.questions.rin_runs import (
     Dictionary,
@@ -25,6 +25,7 @@ from saekit.adaptive.questions.rin_runs import (
 from saekit.adaptive.questions.rin_steering import compared, pushing
 from saekit.adaptive.rin import RIN, RINConfig
 from saekit.adaptive.rin_target import rin_target
+from saekit.adaptive.telling import purity
 from saekit.codes import SparseCodes
 from saekit.crosscoder import Crosscoder
 from saekit.errors import ShapeError
@@ -144,7 +145,7 @@ def test_purity_is_the_share_of_the_commonest_key():
     codes = SparseCodes.from_dense(
         torch.tensor([[1.0, 1.0, 0.0]] * 30 + [[0.0, 1.0, 0.0]] * 30 + [[0.0, 0.0, 1.0]] * 5)
     )
-    found = purity(codes, torch.tensor([0] * 30 + [1] * 30 + [0] * 5))
+    found = purity(codes, torch.tensor([0] * 30 + [1] * 30 + [0] * 5), fewest=20)
     assert found[:2].tolist() == [1.0, 0.5] and found[2].isnan()
 
 
@@ -236,7 +237,8 @@ def test_a_crosscoder_says_on_which_side_a_feature_lives():
         sae.b_enc.fill_(10.0)
         sae.b_dec.zero_()
     x = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
-    found = sides(Crosscoder(sae, {before: 4, after: 4}), Pair(x[:, :4].contiguous(), x[:, 4:].contiguous()))
+    pairs = Paired({before: x[:, :4].contiguous(), after: x[:, 4:].contiguous()})
+    found = sides(Crosscoder(sae, {before: 4, after: 4}), pairs)
     assert found["mostly before computing"] == found["mostly after computing"] == 0.25
     assert found["evenly on both sides"] == 0.5 and found["dead"] == 0
     assert found["cosine of the two sides"] == pytest.approx(0.0, abs=1e-6)  # 0, 0, 1 and -1

@@ -1,5 +1,6 @@
 """One run, from nothing to a row of results: train, evaluate in both modes, score, and say what it took."""
 
+import math
 import platform
 import subprocess
 import time
@@ -10,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -24,6 +24,7 @@ from saekit.analysis.concept_scores import count_concepts
 from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.recovery import measure_recovery
+from saekit.patching import statistics
 from saekit.sae import SAE
 from saekit.selection import SelectionRule
 from saekit.targets import Site
@@ -215,10 +216,8 @@ def rows_to_predict(batch_rows: int) -> int:
 def rank_correlation(left: Tensor, right: Tensor) -> float | None:
     """Spearman's; None where one of the two is unknown or constant, as L0 is under TopK."""
     known = ~(left.isnan() | right.isnan())
-    left, right = left[known], right[known]
-    if len(left) < 2 or bool((left == left[0]).all()) or bool((right == right[0]).all()):
-        return None
-    return float(spearmanr(left.numpy(), right.numpy()).statistic)
+    found = statistics.rank_correlation(left[known], right[known]) if int(known.sum()) > 1 else math.nan
+    return None if math.isnan(found) else found
 
 
 def held_out(dataset: Dataset, batch_rows: int) -> Iterator[ActivationBatch]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT
-from saekit.patching.statistics import rank_correlation
+from saekit.patching.statistics import mean_ranks
 from saekit.targets.names import Side
 from saekit.targets.taps import tapped
 
@@ -41,7 +41,8 @@ def least_needed_channel(
     for state, gradient, share in list(zip(states, gradients, stopping.tolist(), strict=True))[:-1]:
         patches = state[:, 1:].detach().flatten(0, 1)
         needed = (patches * gradient[:, 1:].flatten(0, 1)).sum(1).abs()
-        agreement += share * torch.tensor([rank_correlation(values, needed) for values in patches.T])
+        ranks = torch.stack([mean_ranks(values) for values in (needed, *patches.T)])
+        agreement += share * torch.corrcoef(ranks)[0, 1:]
     return int(agreement.argmin())
 
 

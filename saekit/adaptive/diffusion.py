@@ -45,6 +45,11 @@ def noised(x: Tensor, noise: Tensor, gamma: Float[Tensor, " batch"]) -> Tensor:
     return g.sqrt() * x + (1 - g).sqrt() * noise
 
 
+def denoised(x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
+    """The picture that noise `eps` says is behind `x`; `noised` the other way round, held between -1 and 1."""
+    return ((x - (1 - gamma).sqrt() * eps) / gamma.sqrt()).clamp(-1, 1)
+
+
 def denoising_loss(
     model: Denoiser,
     images: Float[Tensor, "batch channels height width"],
@@ -117,7 +122,7 @@ class Sampler(nn.Module):
         for t, after in pairwise(times):
             g, g_after = self.schedule(t), self.schedule(after)
             eps, z_new = self.model(x, g.expand(n), label, z)
-            clean = ((x - (1 - g).sqrt() * eps) / g.sqrt()).clamp(-1, 1)
+            clean = denoised(x, eps, g)
             eps = (x - g.sqrt() * clean) / (1 - g).sqrt().clamp(min=_LEAST)
             z = z_new if how.carries else z
             seen.append(clean)

@@ -30,6 +30,10 @@ class LabelledImages:
     test: Float[Tensor, "m *channels height width"]
     test_labels: Int[Tensor, " m"]
 
+    def train_images(self, canvas: int) -> Float[Tensor, "n channels canvas canvas"]:
+        """The training images with a shift each, which never changes either: to look at, not to train on."""
+        return on_canvas(self.train, canvas, shifts(len(self.train), seed=1))
+
     def test_images(self, canvas: int) -> Float[Tensor, "m channels canvas canvas"]:
         """The test images, each with a shift of at most one pixel that never changes."""
         return on_canvas(self.test, canvas, shifts(len(self.test), seed=0))

@@ -18,7 +18,7 @@ from saekit.adaptive.attribution import DecisionAttribution
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.harvest import harvest, live_only
 from saekit.adaptive.interventions import Replay, deciding
-from saekit.adaptive.telling import FEWEST_ACTIVE
+from saekit.adaptive.telling import FEWEST_ACTIVE, activation_sums
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.errors import DataError, SaekitError
@@ -46,6 +46,11 @@ class DecisionEffect:
     macs: float
 
 
+def rank_p(value: float, others: Sequence[float]) -> float:
+    """The share of them and itself that is at least as large: the chance of such a rank by luck."""
+    return (1 + sum(other >= value for other in others)) / (1 + len(others))
+
+
 @dataclass(frozen=True, slots=True)
 class AgainstRandom:
     """One feature's effect beside that of others like it.
@@ -63,7 +68,7 @@ class AgainstRandom:
 
     @property
     def p(self) -> float:
-        return (1 + sum(other >= self.effect.flipped for other in self.others)) / (1 + len(self.others))
+        return rank_p(self.effect.flipped, self.others)
 
 
 def trace_edited(
@@ -114,6 +119,12 @@ def effect_of(clean: DecisionTrace, edited: DecisionTrace, step: int) -> Decisio
     )
 
 
+def answers_changed(clean: DecisionTrace, edited: DecisionTrace) -> float:
+    """The share of examples of which the model says something else; of models that classify."""
+    was, now = (trace.more["logits"].argmax(-1) for trace in (clean, edited))
+    return float((was != now).float().mean())
+
+
 def matched_features(codes: SparseCodes, feature: int, *, count: int = 20) -> tuple[int, ...]:
     """The features most like this one in how often they fire and how strongly, both on a logarithmic scale.
 
@@ -121,7 +132,7 @@ def matched_features(codes: SparseCodes, feature: int, *, count: int = 20) -> tu
         SaekitError: a feature that never fires here, or too few others that do.
     """
     rate = codes.feature_counts().float()
-    strength = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values) / rate.clamp(min=1)
+    strength = activation_sums(codes) / rate.clamp(min=1)
     usable = rate >= FEWEST_ACTIVE
     if not 0 <= feature < codes.n_features or not bool(usable[feature]):
         raise SaekitError(
@@ -133,6 +144,12 @@ def matched_features(codes: SparseCodes, feature: int, *, count: int = 20) -> tu
     if int(apart.isfinite().sum()) < count:
         raise SaekitError(f"only {int(apart.isfinite().sum())} other features fire here; ask for fewer than {count}")
     return tuple(apart.topk(count, largest=False).indices.tolist())
+
+
+def as_many_like(codes: SparseCodes, feature: int, *, most: int) -> tuple[int, ...]:
+    """The same, and fewer where no more others fire."""
+    others = int((codes.feature_counts() >= FEWEST_ACTIVE).sum()) - 1
+    return matched_features(codes, feature, count=min(most, others))
 
 
 def against_random(
@@ -164,9 +181,7 @@ def strongest_by_effect(
         candidates: how many are tried, of those that move what is read most (activation times decoder norm).
     """
     codes = sae.encode(live_only(harvest(target, inputs, step)).vectors)
-    size = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
-    size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= FEWEST_ACTIVE)
-    tried = size.topk(min(candidates, int((size > 0).sum()))).indices.tolist()
+    tried = writing_most(codes, sae, count=candidates)
     if not tried:
         raise DataError(
             f"no feature fires on {FEWEST_ACTIVE} of these tokens, so that none can be tried; give more inputs"
@@ -174,6 +189,12 @@ def strongest_by_effect(
     clean = target.trace(inputs)
     flipped = [effect_of(clean, trace_edited(target, inputs, sae, [one], step), step).flipped for one in tried]
     return [tried[place] for place in torch.tensor(flipped).topk(min(count, len(tried))).indices.tolist()]
+
+
+def writing_most(codes: SparseCodes, sae: SAE, *, count: int) -> list[int]:
+    """The features that move what is read most (activation times decoder norm), of those that fire often enough."""
+    size = activation_sums(codes) * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= FEWEST_ACTIVE)
+    return size.topk(min(count, int((size > 0).sum()))).indices.tolist()
 
 
 def dose_response(

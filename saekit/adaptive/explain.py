@@ -14,6 +14,7 @@ from saekit.adaptive.attribution import DecisionAttribution, attribute_decisions
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.effects import (
     against_random,
+    answers_changed,
     dose_response,
     effect_of,
     strongest,
@@ -101,11 +102,5 @@ def _along_paths(
     return {
         "mean_added": float(attribution.mean_added[feature]),
         "both": asdict(effect_of(clean, both, step)),
-        "answers_changed_by_content_alone": _answers_changed(clean.more, content.more),
+        "answers_changed_by_content_alone": answers_changed(clean, content) if "logits" in clean.more else None,
     }
-
-
-def _answers_changed(clean: Any, edited: Any) -> float | None:
-    if "logits" not in clean:
-        return None
-    return float((clean["logits"].argmax(-1) != edited["logits"].argmax(-1)).float().mean())

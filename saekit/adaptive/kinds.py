@@ -16,7 +16,7 @@ from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.adatape_recipe import PARITY, AdaTapeRecipe, sequences
 from saekit.adaptive.adatape_report import measure_adatape
 from saekit.adaptive.deciding import DecidingTarget, a_vit_target, adatape_target, duo_target
-from saekit.adaptive.digits import load_digits, on_canvas, shifts
+from saekit.adaptive.digits import load_digits
 from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
@@ -145,7 +145,7 @@ def _finish_rin(recipe: Recipe, weights: Weights) -> Saved:
 def _digits(saved: Saved) -> tuple[Tensor, Tensor]:
     side, seed = cast(AViT, saved.model).config.image, int(saved.recipe.get("seed", 0))
     digits = load_digits(seed)
-    return on_canvas(digits.train, side, shifts(len(digits.train), seed=1)), digits.test_images(side)
+    return digits.train_images(side), digits.test_images(side)
 
 
 def _rows(saved: Saved) -> tuple[Tensor, Tensor]:

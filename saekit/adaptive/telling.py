@@ -33,6 +33,20 @@ def activation_of(codes: SparseCodes, feature: int) -> Float[Tensor, " n_tokens"
     return codes.values.new_zeros(codes.n_tokens).index_add(0, codes.token_of_entry()[entries], codes.values[entries])
 
 
+def activation_sums(codes: SparseCodes) -> Float[Tensor, " n_features"]:
+    """The sum of each feature's activations."""
+    return codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
+
+
+def purity(codes: SparseCodes, key: Int[Tensor, " n_tokens"], *, fewest: int) -> Float[Tensor, " n_features"]:
+    """Of the tokens on which each feature is active, the share with their commonest key; nan where they are too few."""
+    codes, counts = codes.active(), torch.zeros(codes.n_features, int(key.max()) + 1)
+    where = codes.features, key[codes.token_of_entry()]
+    counts.index_put_(where, torch.ones(len(codes.features)), accumulate=True)
+    fired = counts.sum(1)
+    return torch.where(fired >= fewest, counts.max(1).values / fired.clamp(min=1), torch.nan)
+
+
 def feature_aucs(codes: SparseCodes, positive: Bool[Tensor, " n_tokens"]) -> Float[Tensor, " n_features"]:
     """The same of each feature's activation; nan where it fires on fewer than five tokens."""
     found = torch.full((codes.n_features,), torch.nan)

@@ -14,7 +14,7 @@ from saekit.adaptive.a_vit import AViT
 from saekit.adaptive.a_vit_report import accuracy
 from saekit.adaptive.attribution import attribute_decisions
 from saekit.adaptive.deciding import a_vit_target
-from saekit.adaptive.digits import LabelledImages, on_canvas, shifts
+from saekit.adaptive.digits import LabelledImages
 from saekit.adaptive.effects import strongest
 from saekit.adaptive.harvest import harvest, live_only, train_sae_on
 from saekit.adaptive.interventions import Shift, deciding
@@ -41,7 +41,7 @@ def ask(model: AViT, digits: LabelledImages, *, tokens: int = 200_000, seed: int
         DataError: no layer in which some patches halt and others go on.
     """
     target, side = a_vit_target(model), model.config.image
-    images = on_canvas(digits.train, side, shifts(len(digits.train), seed=1)), digits.test_images(side)
+    images = digits.train_images(side), digits.test_images(side)
     learnt, asked = (
         Seen(batch, labels, target.trace(batch), model.config.patch)
         for batch, labels in zip(images, (digits.train_labels, digits.test_labels), strict=True)

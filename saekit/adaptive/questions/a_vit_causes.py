@@ -12,6 +12,7 @@ from torch import Tensor
 from saekit.adaptive.a_vit_report import accuracy
 from saekit.adaptive.effects import (
     against_random,
+    answers_changed,
     dose_response,
     effect_of,
     matched_features,
@@ -130,7 +131,7 @@ def attacked(views: Sequence[View]) -> dict[str, float]:
 
 def _answers_changed(view: View, clean: DecisionTrace, feature: int) -> float:
     edited = trace_edited(view.target, view.halves[1].images, view.sae, [feature], view.step, path="content")
-    return float((clean.more["logits"].argmax(1) != edited.more["logits"].argmax(1)).float().mean())
+    return answers_changed(clean, edited)
 
 
 def _content_edited(view: View, feature: int) -> DecisionTrace:

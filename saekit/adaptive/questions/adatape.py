@@ -7,16 +7,11 @@ a tape hold numbers too, and are left out throughout.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.activations.batch import ActivationBatch
-from saekit.activations.buffer import Shuffled, SiteBatches
-from saekit.activations.stream import READ_ORDER, generator_for
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.adatape_inputs import Symbols
 from saekit.adaptive.deciding import adatape_target
@@ -26,6 +21,7 @@ from saekit.adaptive.questions.adatape_flow import flow, large_tapes
 from saekit.adaptive.questions.adatape_queries import attributed, causes_of_halts, causes_of_picks, steered
 from saekit.adaptive.questions.adatape_reading import OWN, TAPE, Reading, Screen, permuted, read_tapes, train_sae
 from saekit.adaptive.questions.answers import Answers, answered
+from saekit.adaptive.questions.paired import Paired
 from saekit.adaptive.telling import FEWEST_ACTIVE, mutual_information, probe_auc
 from saekit.errors import SaekitError
 from saekit.losses import fvu
@@ -152,27 +148,6 @@ def informations(
         return torch.tensor([mutual_information(column, of) for column in active.T.long()])
     both = given * (int(of.max()) + 1) + of
     return informations(active, both) - informations(active, given)
-
-
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """Vectors of several Sites, row by row, as something that training can draw from."""
-
-    vectors: Mapping[Site, Float[Tensor, "n _"]]
-
-    @property
-    def widths(self) -> dict[Site, int]:
-        return {site: vectors.shape[1] for site, vectors in self.vectors.items()}
-
-    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[SiteBatches]:
-        whole = {site: ActivationBatch.from_vectors(vectors) for site, vectors in self.vectors.items()}
-        size = len(next(iter(whole.values())))
-
-        def reads(epoch: int, first: int) -> Iterator[SiteBatches]:
-            for part in torch.randperm(size, generator=generator_for(seed, READ_ORDER, epoch)).split(1024)[first:]:
-                yield {site: batch.select(part) for site, batch in whole.items()}
-
-        return Shuffled(reads, batch_tokens=batch_tokens, buffer_tokens=16 * batch_tokens, seed=seed)
 
 
 def apart(train: Reading, test: Reading, *, tokens: int, seed: int) -> dict[str, float]:

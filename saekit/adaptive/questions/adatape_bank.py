@@ -9,9 +9,8 @@ from torch import Tensor
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.deciding import adatape_target
 from saekit.adaptive.questions.adatape_reading import TAPE, Reading, mean_of, permuted, train_sae
-from saekit.adaptive.telling import FEWEST_ACTIVE, mutual_information, probe
+from saekit.adaptive.telling import FEWEST_ACTIVE, mutual_information, probe, purity
 from saekit.adaptive.trace import DecisionTrace
-from saekit.patching.coordinates import columns_of
 
 
 def bank_use(
@@ -130,9 +129,6 @@ def _rows_of_features(
         vectors.append(target.read(half, [TAPE])[TAPE][live])
         rows.append(entries.gather(2, weights.argmax(2, keepdim=True))[..., 0][live])
     codes = train_sae(TAPE, vectors[0], tokens=tokens, seed=seed).encode(vectors[1])
-    features = (codes.feature_counts() >= FEWEST_ACTIVE).nonzero()[:, 0]
-    purities = [
-        float((rows[1][on] == rows[1][on].mode().values).float().mean()) for on in columns_of(codes, features).T > 0
-    ]
+    purities = purity(codes, rows[1], fewest=FEWEST_ACTIVE)
     usual = float((rows[1] == rows[1].mode().values).float().mean())
-    return {"one_row_per_feature": mean_of(purities), "one_row_per_feature_floor": usual}
+    return {"one_row_per_feature": mean_of(purities[~purities.isnan()].tolist()), "one_row_per_feature_floor": usual}

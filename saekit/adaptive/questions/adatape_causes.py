@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saekit.adaptive.deciding import DecidingTarget
+from saekit.adaptive.effects import rank_p
 from saekit.adaptive.questions.adatape_queries import DOSES
 from saekit.adaptive.questions.adatape_reading import (
     TAPE,
@@ -17,7 +18,6 @@ from saekit.adaptive.questions.adatape_reading import (
     largest,
     like_it,
     mean_of,
-    rank_of,
     share,
 )
 from saekit.adaptive.telling import activation_of, auc, best_telling, probe_auc, rate_by
@@ -125,7 +125,7 @@ def _ablated(
         "controls": float(len(others)),
         "flipped_by_others": mean_of(others),
         "flipped_by_others_most": max(others, default=0.0),
-        "flipped_p": rank_of(found["flipped_at_0"], others),
+        "flipped_p": rank_p(found["flipped_at_0"], others),
         "flipped_by_random_directions": mean_of(drawn),
         "flipped_by_random_directions_most": max(drawn),
     }
@@ -165,7 +165,7 @@ def _added(
     return found | {
         "flipped_by_adding_others": mean_of(others),
         "flipped_by_adding_others_most": max(others, default=0.0),
-        "flipped_by_adding_p": rank_of(found["flipped_by_adding_1"], others),
+        "flipped_by_adding_p": rank_p(found["flipped_by_adding_1"], others),
         "restored": share(restored[lost.any(1)]),
     }
 
@@ -225,7 +225,7 @@ def _exchanged(
         "flipped_by_exchange_same_parity": _given(target, sae, feature, test, donated["same_parity"], meant),
         "flipped_by_exchange_of_others": mean_of(of_others),
         "flipped_by_exchange_of_others_most": max(of_others, default=0.0),
-        "flipped_by_exchange_p": rank_of(reached, of_others),
+        "flipped_by_exchange_p": rank_p(reached, of_others),
     }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.deciding import DecidingTarget
+from saekit.adaptive.effects import rank_p
 from saekit.adaptive.interventions import Force, Where, deciding
 from saekit.adaptive.questions.adatape_reading import (
     OWN,
@@ -19,7 +20,6 @@ from saekit.adaptive.questions.adatape_reading import (
     largest,
     like_it,
     mean_of,
-    rank_of,
     read_tapes,
     share,
 )
@@ -76,7 +76,7 @@ def flow(
             for one in like_it(codes, chosen, screen)
         ]
         found[f"{side}_others_margin"] = mean_of(others)
-        found[f"{side}_p"] = rank_of(found[f"{side}_everywhere_margin"], others)
+        found[f"{side}_p"] = rank_p(found[f"{side}_everywhere_margin"], others)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.deciding import DecidingTarget
-from saekit.adaptive.effects import against_random, dose_response, strongest_by_effect, trace_edited
+from saekit.adaptive.effects import against_random, dose_response, rank_p, strongest_by_effect, trace_edited
 from saekit.adaptive.interventions import Shift, trace_with
 from saekit.adaptive.questions.adatape_reading import (
     Reading,
@@ -21,11 +21,10 @@ from saekit.adaptive.questions.adatape_reading import (
     largest,
     like_it,
     mean_of,
-    rank_of,
     share,
     train_sae,
 )
-from saekit.adaptive.telling import auc, best_telling, overlap, probe_auc
+from saekit.adaptive.telling import activation_sums, auc, best_telling, overlap, probe_auc
 from saekit.adaptive.trace import DecisionTrace
 from saekit.errors import DataError
 from saekit.patching import Add, Intervention, intervening
@@ -37,7 +36,6 @@ DOSES = (0.0, 0.5, 1.0, 2.0)
 TOP = 5
 # of answers may change where the length is to change alone; and how far the dial of tau is turned beside
 FEW, DIAL = 0.02, 0.25
-# of a feature, that are added to the first query
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,10 +181,8 @@ def causes_of_picks(
     codes = sae.encode(train.queries[:, step][train.live[:, step]])
     few = train.part(screen.inputs)
     tried = sorted(largest(codes, sae, screen), key=lambda one: changed(few, one), reverse=True)
-    chosen, halting = (
-        tried[0],
-        strongest_by_effect(target, few.inputs, sae, _open_step(train), count=TOP, candidates=screen.candidates),
-    )
+    chosen, step_of_halts = tried[0], _open_step(train)
+    halting = strongest_by_effect(target, few.inputs, sae, step_of_halts, count=TOP, candidates=screen.candidates)
     by_dose = {f"changed_at_{dose:g}": changed(test, chosen, dose) for dose in DOSES}
     others = [changed(test, one) for one in like_it(codes, chosen, screen)]
     return by_dose | {
@@ -195,7 +191,7 @@ def causes_of_picks(
         "controls": float(len(others)),
         "changed_by_others": mean_of(others),
         "changed_by_others_most": max(others, default=0.0),
-        "p": rank_of(by_dose["changed_at_0"], others),
+        "p": rank_p(by_dose["changed_at_0"], others),
         "also_among_those_that_halt": overlap(tried[:TOP], halting),
     }
 
@@ -259,8 +255,7 @@ def steered(target: DecidingTarget, sae: SAE, train: Reading, test: Reading, scr
     amount; features like it and random directions are added as much. The dial shifts what is compared with tau.
     """
     codes = sae.encode(train.queries[train.live])
-    strength = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
-    strength = strength / codes.feature_counts().clamp(min=1)
+    strength = activation_sums(codes) / codes.feature_counts().clamp(min=1)
     tried = largest(codes, sae, screen)
 
     def pushed(reading: Reading, direction: Tensor, amount: float) -> tuple[float, float]:
@@ -293,7 +288,7 @@ def steered(target: DecidingTarget, sae: SAE, train: Reading, test: Reading, scr
         found |= {
             f"{way}_others": mean_of(others),
             f"{way}_others_most": towards * max(towards * other for other in others) if others else 0.0,
-            f"{way}_p": rank_of(reached, [towards * other for other in others]),
+            f"{way}_p": rank_p(reached, [towards * other for other in others]),
             f"{way}_random": mean_of(random),
             f"{way}_random_most": towards * max(towards * other for other in random),
         }

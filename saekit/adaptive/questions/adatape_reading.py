@@ -10,9 +10,8 @@ from torch import Tensor
 from saekit.adaptive.adatape import AdaTape
 from saekit.adaptive.adatape_recipe import parity
 from saekit.adaptive.deciding import DecidingTarget
-from saekit.adaptive.effects import matched_features
+from saekit.adaptive.effects import as_many_like, writing_most
 from saekit.adaptive.harvest import train_sae_on
-from saekit.adaptive.telling import FEWEST_ACTIVE
 from saekit.adaptive.trace import DecisionTrace
 from saekit.codes import SparseCodes
 from saekit.sae import SAE
@@ -134,20 +133,12 @@ def train_sae(
 
 def like_it(codes: SparseCodes, feature: int, screen: Screen) -> tuple[int, ...]:
     """The features most like one; fewer than `controls` where no more fire."""
-    firing = codes.feature_counts() >= FEWEST_ACTIVE
-    return matched_features(codes, feature, count=min(screen.controls, int(firing.sum()) - 1))
+    return as_many_like(codes, feature, most=screen.controls)
 
 
 def largest(codes: SparseCodes, sae: SAE, screen: Screen) -> list[int]:
-    """The features that write most; those that fire on fewer than five tokens are left out."""
-    size = codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values.abs())
-    size = size * sae.W_dec.norm(dim=1) * (codes.feature_counts() >= FEWEST_ACTIVE)
-    return size.topk(min(screen.candidates, int((size > 0).sum()))).indices.tolist()
-
-
-def rank_of(value: float, others: Sequence[float]) -> float:
-    """The share that is at least as large, the value itself counted: the chance of such a rank by luck."""
-    return (1 + sum(other >= value for other in others)) / (1 + len(others))
+    """The features that are tried out."""
+    return writing_most(codes, sae, count=screen.candidates)
 
 
 def share(positive: Bool[Tensor, " n"]) -> float:

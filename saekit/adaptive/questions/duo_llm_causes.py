@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from saekit.adaptive.attribution import attribute_decisions
 from saekit.adaptive.duo_llm import BIG
-from saekit.adaptive.effects import effect_of, matched_features, strongest, trace_edited
+from saekit.adaptive.effects import effect_of, matched_features, rank_p, strongest, trace_edited
 from saekit.adaptive.interventions import Shift, Where, deciding, trace_with
 from saekit.adaptive.questions.duo_llm_halves import Case
 from saekit.adaptive.trace import DecisionTrace
@@ -54,14 +54,16 @@ def what_a_feature_does(case: Case, other: int, *, controls: int = 19) -> dict[s
         found |= {
             name: value,
             f"{name}_mean_size_of_matched": sum(sizes) / len(sizes),
-            f"{name}_p": (1 + sum(size >= abs(value) for size in sizes)) / (1 + len(sizes)),
+            f"{name}_p": rank_p(abs(value), sizes),
         }
+    chosen = {
+        dose: trace_edited(case.target, case.test.ids, case.sae, [feature], case.number, dose=dose) for dose in DOSES
+    }
     for dose in DOSES:
-        chosen = trace_edited(case.target, case.test.ids, case.sae, [feature], case.number, dose=dose)
         content = trace_edited(case.target, case.test.ids, case.sae, [feature], case.number, path="content", dose=dose)
         found |= {
-            f"choice_flipped_at_dose_{dose:g}": effect_of(clean, chosen, case.number).flipped,
-            f"choice_nats_at_dose_{dose:g}": nats_change(clean, chosen),
+            f"choice_flipped_at_dose_{dose:g}": effect_of(clean, chosen[dose], case.number).flipped,
+            f"choice_nats_at_dose_{dose:g}": nats_change(clean, chosen[dose]),
             f"content_nats_at_dose_{dose:g}": nats_change(clean, content),
         }
     elsewhere = [
@@ -73,11 +75,10 @@ def what_a_feature_does(case: Case, other: int, *, controls: int = 19) -> dict[s
         "other_layer_flipped": elsewhere[0],
         "other_layer_flipped_mean_of_matched": sum(elsewhere[1:]) / len(alike),
     }
-    without = trace_edited(case.target, case.test.ids, case.sae, [feature], case.number)
     together = _ablated(case, clean, first)
     return (
         found
-        | _interval("choice_nats", clean, without)
+        | _interval("choice_nats", clean, chosen[0.0])
         | {f"five_strongest_{name}": value for name, value in together.items()}
     )
 
@@ -138,7 +139,7 @@ def _beside_matched(
         "big_layers_change_at_dose_1": change,
         "big_layers_change_mean_size_of_matched": sum(sizes) / len(sizes),
         "big_layers_change_largest_of_matched": max(sizes),
-        "p": (1 + sum(size >= abs(change) for size in sizes)) / (1 + len(sizes)),
+        "p": rank_p(abs(change), sizes),
         "cosine_with_router": cosines[0],
         "cosine_with_router_mean_size_of_matched": sum(map(abs, cosines[1:])) / len(alike),
         "margin_at_typical_strength": moves,

@@ -1,6 +1,7 @@
 """What is known of tokens in one layer of Duo-LLM: what its router read and chose, and what routes were worth."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -51,7 +52,7 @@ class Half:
 
     def at(self, grid: Shaped[Tensor, "rows places *rest"]) -> Shaped[Tensor, "n *rest"]:
         """What a table of all places holds for these tokens."""
-        return grid[self.read.document, self.read.position]
+        return _at(self.read, grid)
 
     @property
     def following(self) -> Int[Tensor, " n"]:
@@ -115,9 +116,7 @@ def half_of(target: DecidingTarget, model: DuoLLM, ids: Int[Tensor, "rows contex
     behind = Site.parse(f"layers.{model.config.layers - 1}:out")
     last = torch.cat([target.target.read(some, [behind])[behind] for some in ids.split(_ROWS_AT_ONCE)])
 
-    def at(grid: Tensor) -> Tensor:
-        return grid[read.document, read.position]
-
+    at = partial(_at, read)
     return Half(
         ids=ids,
         read=read,
@@ -132,6 +131,10 @@ def half_of(target: DecidingTarget, model: DuoLLM, ids: Int[Tensor, "rows contex
         all_small=at(nats[-2]),
         all_big=at(nats[-1]),
     )
+
+
+def _at(read: ActivationBatch, grid: Shaped[Tensor, "rows places *rest"]) -> Shaped[Tensor, "n *rest"]:
+    return grid[read.document, read.position]
 
 
 def half_big_routes(model: DuoLLM) -> Int[Tensor, "routes layers"]:

@@ -19,7 +19,7 @@ from saekit.losses import fvu
 from saekit.targets import Site
 from saekit.targets.target import Edit
 
-FEWEST_ACTIVE = 20
+FEWEST_FIRINGS = 20
 # a module writes for a feature if it does so alike on both halves, and less than this of it is none of it
 ALIKE, NONE = 0.5, 0.1
 
@@ -50,7 +50,7 @@ def small_beside_big(case: Case, *, seed: int = 0) -> dict[str, float]:
     big, small = ([module(half.read.vectors) for half in (case.train, case.test)] for module in (feed.big, feed.small))
     cosine = cosine_similarity(big[1], small[1])
     took = case.test.big
-    features = case.test.firing(FEWEST_ACTIVE)
+    features = case.test.firing(FEWEST_FIRINGS)
     by_feature = _mean_where_active(case.test.codes, cosine[:, None], features)[:, 0]
     by_luck = _mean_where_active(_dealt_anew(case.test.codes, seed), cosine[:, None], features)[:, 0]
     factor = (big[0] * small[0]).sum() / small[0].square().sum()
@@ -129,8 +129,8 @@ def _who_writes(case: Case, big: Sequence[Tensor], small: Sequence[Tensor], seed
     written by that one *only* if the other, on the test rows and along the direction learnt on the training rows,
     adds less than a tenth as much. What features dealt to other tokens come to says how much of it is luck.
     """
-    features = case.test.firing(FEWEST_ACTIVE)
-    features = features[torch.isin(features, case.train.firing(FEWEST_ACTIVE))]
+    features = case.test.firing(FEWEST_FIRINGS)
+    features = features[torch.isin(features, case.train.firing(FEWEST_FIRINGS))]
 
     def written(outputs: Sequence[Tensor], codes: Sequence[SparseCodes]) -> list[Tensor]:
         return [_mean_where_active(some, out, features) - out.mean(0) for some, out in zip(codes, outputs, strict=True)]

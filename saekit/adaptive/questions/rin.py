@@ -4,18 +4,14 @@ Those about causes are in `rin_causes` and `rin_steering`. Features are learnt a
 on others: the steps of one picture are much alike, so that pictures are divided, never vectors.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.activations.batch import ActivationBatch
-from saekit.activations.harvest import TensorSource
 from saekit.adaptive.deciding import DecidingTarget
 from saekit.adaptive.digits import load_digits
 from saekit.adaptive.questions.answers import Answers, answered
+from saekit.adaptive.questions.paired import Paired
 from saekit.adaptive.questions.rin_causes import memory, solved
 from saekit.adaptive.questions.rin_runs import (
     N_FEATURES,
@@ -32,7 +28,7 @@ from saekit.adaptive.questions.rin_steering import steering
 from saekit.adaptive.rin import RIN
 from saekit.adaptive.rin_report import Judge
 from saekit.adaptive.rin_target import rin_target
-from saekit.codes import SparseCodes
+from saekit.adaptive.telling import purity
 from saekit.crosscoder import Crosscoder
 from saekit.errors import ShapeError
 from saekit.losses import fvu
@@ -117,15 +113,6 @@ def _of_reading(runs: Runs) -> Tensor:
     return runs.after_reading
 
 
-def purity(codes: SparseCodes, key: Int[Tensor, " n_tokens"]) -> Float[Tensor, " n_features"]:
-    """Of each feature's firings the share with its commonest key; nan below twenty firings."""
-    codes, counts = codes.active(), torch.zeros(codes.n_features, int(key.max()) + 1)
-    where = codes.features, key[codes.token_of_entry()]
-    counts.index_put_(where, torch.ones(len(codes.features)), accumulate=True)
-    fired = counts.sum(1)
-    return torch.where(fired >= FEWEST_FIRINGS, counts.max(1).values / fired.clamp(min=1), torch.nan)
-
-
 def slots(
     dictionary: Dictionary,
     train: Float[Tensor, "steps m places width"],
@@ -148,7 +135,7 @@ def slots(
     }
     found = quality(dictionary, train, vectors)
     for what, key in keys.items():
-        pure = purity(codes, key.flatten())
+        pure = purity(codes, key.flatten(), fewest=FEWEST_FIRINGS)
         pure = pure[~pure.isnan()]
         found[f"purity by {what}"] = float(pure.mean())
         found[f"{PURE:.0%} pure by {what}"] = float((pure >= PURE).float().mean())
@@ -193,30 +180,9 @@ def noise_levels(dictionary: Dictionary, vectors: Places, labels: Int[Tensor, " 
             found[f"{word} late{what}"] = float((last >= least).float().mean())
         found[f"at every step{what}"] = float((rate > 0.5 / steps).all(1).float().mean())
         mean_step = rate @ torch.arange(steps).float()
-        of_class = purity(codes, labels[None, :, None].expand(steps, n, places).flatten())[alive]
-        found[f"mean step with class purity{what}"] = rank_correlation(mean_step, of_class)
+        of_class = purity(codes, labels[None, :, None].expand(steps, n, places).flatten(), fewest=FEWEST_FIRINGS)
+        found[f"mean step with class purity{what}"] = rank_correlation(mean_step, of_class[alive])
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Vectors of two Sites as a source, row by row together."""
-
-    before: Float[Tensor, "n d_model"]
-    after: Float[Tensor, "n d_model"]
-
-    @property
-    def widths(self) -> Mapping[Site, int]:
-        return {_BEFORE: self.before.shape[1], _AFTER: self.after.shape[1]}
-
-    def stream(self, batch_tokens: int, *, seed: int) -> Iterator[dict[Site, ActivationBatch]]:
-        joined = TensorSource(site=_BEFORE, vectors=torch.cat([self.before, self.after], 1))
-        for batch in joined.stream(batch_tokens, seed=seed):
-            parts = batch[_BEFORE].vectors.split(list(self.widths.values()), 1)
-            yield {
-                site: ActivationBatch.from_vectors(part.contiguous())
-                for site, part in zip(self.widths, parts, strict=True)
-            }
 
 
 def read_and_write(runs: Runs, test: Runs, *, tokens: int, seed: int) -> dict[str, float]:
@@ -225,10 +191,11 @@ def read_and_write(runs: Runs, test: Runs, *, tokens: int, seed: int) -> dict[st
     Control: pairs of a slot's latents in any two pictures at any two steps, which share nothing but the slot.
     """
     own, asked = (_pair(of, runs) for of in (runs, test))
-    by_map = torch.linalg.lstsq(own.before, own.after).solution
+    before, after = (asked.vectors[site] for site in (_BEFORE, _AFTER))
+    by_map = torch.linalg.lstsq(own.vectors[_BEFORE], own.vectors[_AFTER]).solution
     found = {
-        "fvu after, of a linear map from before": float(fvu(asked.after, asked.before @ by_map)),
-        "length of the update, as a share": float((asked.after - asked.before).norm() / asked.after.norm()),
+        "fvu after, of a linear map from before": float(fvu(after, before @ by_map)),
+        "length of the update, as a share": float((after - before).norm() / after.norm()),
     }
     for name, apart in (("", False), (", unrelated", True)):
         config = TrainConfig(
@@ -246,20 +213,19 @@ def read_and_write(runs: Runs, test: Runs, *, tokens: int, seed: int) -> dict[st
     return found
 
 
-def _pair(of: Runs, centred_by: Runs, *, apart: bool = False) -> _Pair:
+def _pair(of: Runs, centred_by: Runs, *, apart: bool = False) -> Paired:
     before = of.after_reading - centred_by.after_reading.mean((0, 1))
     after = of.latents - centred_by.latents.mean((0, 1))
     if apart:
         order = torch.randperm(of.steps * len(of.labels), generator=torch.Generator().manual_seed(0))
         after = after.flatten(0, 1)[order].view(after.shape)
-    return _Pair(before.flatten(0, 2), after.flatten(0, 2))
+    return Paired({_BEFORE: before.flatten(0, 2), _AFTER: after.flatten(0, 2)})
 
 
 @torch.no_grad()
-def sides(cross: Crosscoder, test: _Pair) -> dict[str, float]:
+def sides(cross: Crosscoder, test: Paired) -> dict[str, float]:
     """Where the features that fire on `test` live: nine tenths of their decoder's length on one side, or on both."""
-    vectors = {_BEFORE: test.before, _AFTER: test.after}
-    codes = cross.encode(vectors)
+    codes = cross.encode(test.vectors)
     alive = codes.feature_counts() > 0
     rebuilt, norms = cross.decode(codes), cross.decoder_norms()[alive]
     after = norms[:, 1] / norms.sum(1)
@@ -269,8 +235,8 @@ def sides(cross: Crosscoder, test: _Pair) -> dict[str, float]:
         "mostly after computing": float((after >= PURE).float().mean()),
         "evenly on both sides": float(((after > 0.3) & (after < 0.7)).float().mean()),
         "cosine of the two sides": float(torch.cosine_similarity(*rows, dim=1).mean()),
-        "fvu before": float(fvu(test.before, rebuilt[_BEFORE])),
-        "fvu after": float(fvu(test.after, rebuilt[_AFTER])),
+        "fvu before": float(fvu(test.vectors[_BEFORE], rebuilt[_BEFORE])),
+        "fvu after": float(fvu(test.vectors[_AFTER], rebuilt[_AFTER])),
         "dead": float((~alive).float().mean()),
     }
 

@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saekit.adaptive.deciding import DecidingTarget
-from saekit.adaptive.diffusion import Sampler
-from saekit.adaptive.effects import matched_features
+from saekit.adaptive.diffusion import Sampler, denoised
+from saekit.adaptive.effects import as_many_like, rank_p
 from saekit.adaptive.harvest import train_sae_on
 from saekit.adaptive.rin import RIN
+from saekit.adaptive.telling import activation_sums
 from saekit.codes import SparseCodes
 from saekit.sae import SAE
 from saekit.targets import Site
@@ -93,7 +94,7 @@ def estimate(target: DecidingTarget, model: RIN, runs: Runs, step: int, latents:
     gamma = cast(Sampler, target.target.model).schedule(times[step])
     label = torch.nn.functional.one_hot(runs.labels, model.config.classes).float()
     noise, _ = model(runs.noisy[step], gamma.expand(len(label)), label, latents)
-    return ((runs.noisy[step] - (1 - gamma).sqrt() * noise) / gamma.sqrt()).clamp(-1, 1)
+    return denoised(runs.noisy[step], noise, gamma)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,9 +108,9 @@ class Dictionary:
         """Codes in the order of `vectors`, places fastest."""
         return self.sae.encode((vectors - self.centre).flatten(0, -2))
 
-    @torch.no_grad()
-    def rebuild(self, vectors: Float[Tensor, "*lead places width"]) -> Float[Tensor, "*lead places width"]:
-        return self.sae.decode(self.encode(vectors)).view(vectors.shape) + self.centre
+    def decode(self, codes: SparseCodes, shape: torch.Size) -> Float[Tensor, "*lead places width"]:
+        """The vectors again, in the shape that they had."""
+        return self.sae.decode(codes).view(shape) + self.centre
 
     def scaling(self, feature: int, dose: float) -> Edit:
         """`dose` times a feature, wherever it is active; what the SAE does not explain stays."""
@@ -132,6 +133,7 @@ def learn(vectors: Places, name: str, *, tokens: int, seed: int, centred: bool =
     return Dictionary(train_sae_on(site, (vectors - centre).flatten(0, -2), seed=seed, name="rin", **sizes), centre)
 
 
+@torch.no_grad()
 def quality(
     dictionary: Dictionary, train_vectors: Float[Tensor, "steps m places width"], vectors: Places
 ) -> dict[str, float]:
@@ -139,23 +141,18 @@ def quality(
     mean = train_vectors.mean((0, 1))
     left = vectors - mean
     axes = torch.linalg.eigh(torch.cov((train_vectors - mean).flatten(0, -2).T))[1][:, -K:]
-    missed, total = (vectors - dictionary.rebuild(vectors)).square().sum(), left.square().sum()
-    counts = dictionary.encode(vectors).feature_counts()
+    codes, total = dictionary.encode(vectors), left.square().sum()
+    missed = (vectors - dictionary.decode(codes, vectors.shape)).square().sum()
     return {
         "fvu": float(missed / total),
         f"fvu of {K} components": float((left - left @ axes @ axes.T).square().sum() / total),
-        "dead": float((counts == 0).float().mean()),
+        "dead": float((codes.feature_counts() == 0).float().mean()),
     }
-
-
-def sizes(codes: SparseCodes) -> Float[Tensor, " n_features"]:
-    """The sum of each feature's activations."""
-    return codes.values.new_zeros(codes.n_features).index_add(0, codes.features, codes.values)
 
 
 def chosen_by(codes: SparseCodes, effect: Callable[[int], float]) -> int:
     """Of the features with the largest activations the one with the largest effect."""
-    total = sizes(codes)
+    total = activation_sums(codes)
     tried = total.topk(min(CANDIDATES, int((total > 0).sum()))).indices.tolist()
     return max(tried, key=effect)
 
@@ -166,12 +163,11 @@ def rms(change: Tensor) -> float:
 
 def rank_of(own: float, others: list[float]) -> dict[str, float]:
     """An effect beside those of others like it; p counts those at least as strong, and itself."""
-    stronger = sum(abs(other) >= abs(own) for other in others)
     return {
         "feature": own,
         "mean of matched": sum(others) / len(others),
         "strongest of matched": max(others, key=abs),
-        "p": (1 + stronger) / (1 + len(others)),
+        "p": rank_p(abs(own), [abs(other) for other in others]),
     }
 
 
@@ -182,8 +178,7 @@ def moments(steps: int) -> dict[str, int]:
 
 def like(codes: SparseCodes, feature: int) -> tuple[int, ...]:
     """Features of about the same rate and strength, as many as there are up to nineteen."""
-    others = int((codes.feature_counts() >= 5).sum()) - 1
-    return matched_features(codes, feature, count=min(CONTROLS, others))
+    return as_many_like(codes, feature, most=CONTROLS)
 
 
 def pictures(runs: Runs, part: slice) -> Runs:

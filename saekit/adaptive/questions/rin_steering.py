@@ -19,9 +19,9 @@ from saekit.adaptive.questions.rin_runs import (
     pictures,
     rank_of,
     read_edited,
-    sizes,
 )
 from saekit.adaptive.rin import RIN
+from saekit.adaptive.telling import activation_sums
 from saekit.codes import SparseCodes
 from saekit.targets import Site
 from saekit.targets.target import Edit
@@ -103,7 +103,7 @@ def pushing(
     slots = len(dictionary.centre)
     slot = int(torch.bincount(codes.token_of_entry()[own] % slots, minlength=slots).argmax())
     push = torch.zeros_like(dictionary.centre)
-    push[slot] = dose * sizes(codes)[feature] / max(1, int(own.sum())) * row
+    push[slot] = dose * activation_sums(codes)[feature] / max(1, int(own.sum())) * row
 
     return lambda latents: latents + push
 
