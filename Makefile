@@ -19,7 +19,7 @@ help:
 	@echo 'make bench        the bundled model beside a trigram and lzma'
 	@echo 'make bench-speed  a training step in encoder products, by rule; QUICK=1 for a look; THREADS, OUT as you like'
 	@echo 'make bench-peers  the same beside SAELens, sparsify and dictionary_learning'
-	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for a few minutes'
+	@echo 'make bench-allocation   which rule spends its budget best: hours, resumable; QUICK=1 for ten minutes'
 	@echo 'make bench-adaptive     every adaptive model from three seeds, with its controls: hours, resumable'
 	@echo 'make .venv        only set up; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean        remove the environments and everything that was built'

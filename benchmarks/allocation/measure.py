@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import reduce
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
 
 import torch
@@ -233,12 +235,12 @@ def concept_summary(sae: SAE, dataset: Dataset, tokens: TokenFacts) -> Numbers:
     """How well the best feature of each concept tells it; chosen and scored on the same rows, for all rules alike."""
     if tokens.labels is None:
         return {}
-    total = None
+    counts = []
     for batch in tokens.batches:
         labels = tokens.labels.at(batch.document, batch.position)
         known = tokens.labels.known[batch.document, batch.position]
-        counts = count_concepts(sae.encode(batch.vectors), labels, known=known)
-        total = counts if total is None else total + counts
+        counts.append(count_concepts(sae.encode(batch.vectors), labels, known=known))
+    total = reduce(add, counts)
     present = total.labelled > 0
     best = total.scores().f1.amax(0)[present]
     return {

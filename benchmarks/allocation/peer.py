@@ -6,6 +6,8 @@ Writes a folder as that library does. The vectors are read once, in order. What 
 trainer is done here too: inputs of unit mean squared norm, biases scaled back at the end. Its learning rate is its own;
 warm-up, decay and the start of the threshold are the shares of the run that saekit has.
 """
+# the peers live in an environment of their own
+# pyright: reportMissingImports=false
 
 import argparse
 import json
@@ -48,7 +50,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("vectors", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="")

@@ -79,8 +79,8 @@ def finish(run: runs.Run, number: int, of: int, out: Path, options: argparse.Nam
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a quarter of an hour, to see that all works")
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ten minutes, to see that all works")
     parser.add_argument("--datasets", nargs="+", choices=runs.DATASETS, default=runs.DATASETS)
     parser.add_argument("--rules", nargs="+", choices=list(runs.RULES), default=list(runs.RULES))
     parser.add_argument("--expansions", nargs="+", type=int, default=[16, 64], help="features per dimension")

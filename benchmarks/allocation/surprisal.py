@@ -44,7 +44,7 @@ class Read:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--datasets", nargs="+", choices=("stories260K", "pystd"), default=("stories260K", "pystd"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=FULL_TOKENS)

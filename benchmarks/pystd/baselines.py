@@ -12,6 +12,7 @@ import lzma
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def compressed(text: bytes) -> int:
     return len(lzma.compress(text, format=lzma.FORMAT_RAW, filters=FILTERS))
 
 
-def continuations(model: torch.nn.Module, tokenizer, prompt: str) -> dict[str, str]:
+def continuations(model: Any, tokenizer: Any, prompt: str) -> dict[str, str]:
     asked = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     texts = {"prompt": prompt}
     for name, options in (
@@ -148,7 +149,7 @@ def note(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--model", type=Path, default=BUNDLED, help="a Hugging Face folder; the bundled model if not given"
     )

@@ -1,4 +1,6 @@
 """One training step of other libraries, each as its own trainer takes it. Runs in their environment, without saekit."""
+# the peers live in an environment of their own
+# pyright: reportMissingImports=false
 
 from collections.abc import Callable
 

@@ -154,7 +154,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Written beside its place and renamed."""
     beside = path.with_suffix(".part")
     with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter[str](file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)

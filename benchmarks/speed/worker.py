@@ -50,7 +50,8 @@ def measure(module: str, contender: str, size: Size, repeats: int, device: str) 
     product = _product(size, data[0], torch.float32)
     fast = _product(size, data[0], torch.bfloat16)
     samples: dict[str, list[float]] = {"step": [], "matmul": [], "matmul_bf16": []}
-    product(), fast()
+    product()
+    fast()
     for batch in islice(cycle(data), repeats):
         samples["matmul"].append(_milliseconds(product, device))
         samples["step"].append(_milliseconds(partial(step, batch), device))

@@ -22,7 +22,10 @@ from saekit.activations.corpus import load_corpus
 HELD_OUT_ROWS = 800
 OTHER_NAME = {"▁Lily": "▁Tim", "▁Tim": "▁Lily", "▁Timmy": "▁Lily"}
 OTHER_PRONOUN = {"▁she": "▁he", "▁he": "▁she", "▁She": "▁He", "▁He": "▁She", "▁her": "▁his", "▁his": "▁her"}
-OTHER_NOUN = {("▁g", "ir", "l"): ("▁b", "o", "y"), ("▁b", "o", "y"): ("▁g", "ir", "l")}
+OTHER_NOUN: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("▁g", "ir", "l"): ("▁b", "o", "y"),
+    ("▁b", "o", "y"): ("▁g", "ir", "l"),
+}
 
 
 def find_name(window: list[int], following: int, words: Vocabulary) -> Pair | None:

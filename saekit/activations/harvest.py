@@ -1,6 +1,6 @@
 """Running a model over token rows and keeping what it computes at some Sites."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -162,7 +162,7 @@ def checksum(tensor: Tensor, before: int = 0) -> int:
     return crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data, before)
 
 
-def take(source: Iterator[SiteBatches], n_tokens: int, site: Site) -> ActivationBatch:
+def take(source: Iterator[Mapping[Site, ActivationBatch]], n_tokens: int, site: Site) -> ActivationBatch:
     """At least `n_tokens` rows off the front of a stream, cut to exactly that many."""
     parts: list[ActivationBatch] = []
     while sum(map(len, parts)) < n_tokens:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,8 @@ from saekit.adaptive.duo_llm import DuoConfig, DuoLLM
 from saekit.adaptive.rin import RIN, RINConfig
 from saekit.checkpoint import written_whole
 from saekit.errors import FileError, UnknownNameError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "adaptive"
 CONFIG, MODEL, CONTROL = "config.json", "model.safetensors", "control.safetensors"
@@ -108,12 +110,12 @@ def load_adaptive(name: str | Path, *, kind: str | None = None) -> Saved:
     )
 
 
-def filled(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def filled(model: Model, weights: Mapping[str, Tensor]) -> Model:
     """A model with the weights of a stage, in eval mode and as they will be read back from disk."""
     return _fill(model, {name: _half(tensor) for name, tensor in weights.items()})
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _fill(model: Model, weights: Mapping[str, Tensor]) -> Model:
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval()
 
