@@ -383,3 +383,30 @@ def test_tables_give_means_over_seeds_with_their_spread_and_leave_out_what_nobod
         "| mutual | 1 | 0.1500 | 1.25 |",
         "| mutual x2 | 1 | 0.5000 | 1.25 |",
     ]
+
+
+def test_learning_rates_are_compared_on_the_seeds_that_all_of_a_rule_have(tmp_path):
+    empty = dict.fromkeys(results.COLUMNS, "") | {"dataset": "pystd", "expansion": "16", "k": "8", "tokens": "1000"}
+    empty |= {"n_features": "4096"}
+    runs_of = [
+        ("topk", "0.5", "0", "0.3", "0.01"),
+        ("topk", "1", "0", "0.2", "0.02"),
+        ("topk", "1", "1", "0.9", "0.9"),
+        ("mutual", "1", "0", "0.4", "0"),
+        ("mutual", "2", "0", "0.1", "0.5"),
+        ("gated", "1", "0", "0.1", "0"),
+    ]
+    names = ("rule", "lr_scale", "seed", "inference_fvu", "inference_dead_fraction")
+    rows = [empty | dict(zip(names, run, strict=True)) for run in runs_of]
+    tables.write(rows, tmp_path / "r.md")
+    text = (tmp_path / "r.md").read_text().splitlines()
+    begin = text.index("## Learning rates: pystd, 4,096 features (16x), k = 8, 1,000 tokens")
+    assert text[begin + 4 : begin + 8] == [
+        "| rule | seeds | x0.5 | x1 | x2 |",
+        "|---|---|---|---|---|",
+        "| topk | 1 | 0.3000, 1.0% | **0.2000**, 2.0% |  |",
+        "| mutual | 1 |  | 0.4000, 0.0% | **0.1000**, 50.0% |",
+    ]
+    assert text[begin + 8] == ""  # a rule of one rate has nothing to compare
+    tables.write([row for row in rows if row["lr_scale"] == "1"], tmp_path / "r.md")
+    assert "Learning rates" not in (tmp_path / "r.md").read_text()
