@@ -9,8 +9,9 @@ from typing import Any, Literal
 from .evaluate import metric_lines
 from .export import export_page
 from .output import write_facts
+from .recipe import train_configs
 from .speed import speed_line
-from .train import Train, harvest_of, read_corpus, train_and_evaluate, train_configs
+from .train import Train, harvest_of, read_corpus, sites_of, train_and_evaluate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ class Demo:
         target = Target.load(command.model)
         configs = train_configs(command, target)
         corpus = read_corpus(command, target)
-        source = harvest_of(command, target, corpus, configs)
+        source = harvest_of(command, target, corpus, sites_of(configs))
         (facts,) = train_and_evaluate(command, target, corpus, configs, source)
         opened = OpenedSAE(SAE.load(command.out), target, configs[0].site, source.mask, command.text, corpus)
         page = self.out / "features.html"

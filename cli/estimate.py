@@ -7,12 +7,22 @@ if TYPE_CHECKING:
     from saekit.activations.harvest import Harvest
     from saekit.sae import SAE
     from saekit.training.config import TrainConfig
+    from saekit.training.crosscoder import Joined
 
 
 def estimate(
-    configs: Sequence["TrainConfig"], source: "Harvest", device: str, *, starts: Sequence["SAE"] = ()
+    configs: Sequence["TrainConfig"],
+    source: "Harvest",
+    device: str,
+    *,
+    starts: Sequence["SAE"] = (),
+    whole: "Joined | None" = None,
 ) -> dict[str, Any]:
-    """Memory, disk and time of a run; time by doing the first steps of it."""
+    """Memory, disk and time of a run; time by doing the first steps of it.
+
+    Args:
+        whole: what the configs read, if that is the Sites of the source put end to end.
+    """
     import time
 
     import torch
@@ -21,13 +31,15 @@ def estimate(
     from saekit.training.step import TrainState, train_step
 
     first = configs[0]
-    widths = source.widths
+    widths = (whole or source).widths
     numbers = sum(
         config.n_features * (widths[config.site] + widths[config.site_out or config.site] + 2) for config in configs
     )
-    row_bytes = sum(4 * width + 41 for width in widths.values())
+    row_bytes = sum(4 * width + 41 for width in source.widths.values())
     began = time.perf_counter()
     one_pass = next(iter(source.in_order()))
+    if whole is not None:
+        one_pass = whole.join(one_pass)
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
     vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens].to(device) for site, batch in one_pass.items()}
     batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]

@@ -40,7 +40,8 @@ class Eval:
     """Evaluate a saved SAE: reconstruction, sparsity, and the loss of the model with it spliced in.
 
     Model, text, Site and token mask are those that it was trained with, unless told otherwise; of the
-    same text the same rows are held out as in training.
+    same text the same rows are held out as in training. Of a crosscoder the loss is that of the model with
+    one of its Sites reconstructed, for each in turn.
 
     Example:
       saekit eval sae
@@ -64,14 +65,30 @@ class Eval:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
-        from .opened import open_sae
+        from .opened import is_crosscoder, open_sae
 
+        if is_crosscoder(self.sae):
+            return self._run_joint()
         opened = open_sae(
             self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device
         )
         evaluation = evaluate_with_progress(opened.sae, opened.target, opened.corpus.held_out, opened.site, opened.mask)
         facts = {"sae": str(self.sae), "site": str(opened.site), **with_missing(evaluation.metrics())}
         write_facts(facts, as_json=self.json, text=lambda: metric_lines(facts))
+        return 0
+
+    def _run_joint(self) -> int:
+        from saekit.errors import SaekitError
+
+        from .crosscoder import evaluate_joint, facts_of, joint_lines
+        from .opened import open_crosscoder
+
+        if self.site is not None:
+            raise SaekitError(f"{self.sae} is a crosscoder, which reads the Sites of its training; leave --site out")
+        opened = open_crosscoder(self.sae, model=self.model, text=self.text, rows=self.rows, device=self.device)
+        metrics = evaluate_joint(opened.crosscoder, opened.target, opened.corpus.held_out, opened.mask)
+        facts = facts_of(self.sae, opened.crosscoder.sites, metrics)
+        write_facts(facts, as_json=self.json, text=lambda: joint_lines(facts))
         return 0
 
 
@@ -101,6 +118,12 @@ def with_missing(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def metric_lines(metrics: Mapping[str, Any]) -> str:
     """The metrics that people look at, a line each."""
+    tokens = f"over {metrics['tokens']:,} activations"
+    return columns(metric_rows(metrics)) + f"\n  {tokens}, {metrics['predicted']:,} predictions"
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and the rest of the line, of those that there are."""
     lines = []
     for name, meaning in SHOWN.items():
         if metrics.get(name) is None:
@@ -111,5 +134,4 @@ def metric_lines(metrics: Mapping[str, Any]) -> str:
         if name == "l0":
             value = f"{metrics['l0']:.2f} ({metrics['l0_p5']:.0f} to {metrics['l0_p95']:.0f})"
         lines.append((name, f"{value:<18}{meaning}"))
-    tokens = f"over {metrics['tokens']:,} activations"
-    return columns(lines) + f"\n  {tokens}, {metrics['predicted']:,} predictions"
+    return lines

@@ -46,6 +46,8 @@ class Info:
 
 def facts_of(described: "Description") -> dict[str, Any]:
     """Everything the command knows, by the names that saekit uses elsewhere."""
+    from saekit.crosscoder import joined_sites
+
     weights = described.weights
     tensors = [weights.encoder, weights.decoder, weights.b_enc, weights.b_dec, weights.skip]
     return {
@@ -63,6 +65,7 @@ def facts_of(described: "Description") -> dict[str, Any]:
         "input_scale": weights.input_scale,
         "skip": weights.skip is not None,
         "hook_name": weights.hook_name,
+        "crosscoder_of": list(joined_sites(weights.metadata)),
         "hook_name_out": weights.hook_name_out,
         "model_name": weights.model_name,
         "context_size": weights.context_size,
@@ -77,7 +80,10 @@ def _numbers_of(rule: "SelectionRule") -> dict[str, Any]:
 
 
 def _as_text(described: "Description") -> str:
+    from saekit.crosscoder import joined_sites
+
     weights = described.weights
+    sites = joined_sites(weights.metadata)
     subtracted = ", b_dec subtracted from the input" if weights.apply_b_dec_to_input else ""
     in_kb = described.size / 1e3
     size = f"{in_kb:.1f} kB" if in_kb < 1e3 else f"{in_kb / 1e3:,.1f} MB"
@@ -87,7 +93,7 @@ def _as_text(described: "Description") -> str:
         ("shape", f"{weights.d_in:,} -> {weights.n_features:,} features -> {weights.d_out:,}"),
         ("rule", rule_as_text(weights.rule)),
         ("input", f"{_normalisation_as_text(weights.normalisation)}{subtracted}"),
-        ("site", weights.hook_name or UNKNOWN),
+        ("sites", ", ".join(sites)) if sites else ("site", weights.hook_name or UNKNOWN),
         ("model", weights.model_name or UNKNOWN),
     ]
     if weights.hook_name_out:

@@ -10,8 +10,9 @@ from saekit.activations.harvest import checksum
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.text import Document
 from saekit.activations.tokens import TokenRows
+from saekit.crosscoder import Crosscoder, joined_sites
 from saekit.errors import SaekitError
-from saekit.loading import load
+from saekit.loading import describe, load
 from saekit.sae import SAE
 from saekit.targets import Site, Target
 
@@ -50,18 +51,60 @@ def open_sae(
         SaekitError: if the folder does not say what the SAE belongs to and the caller does not either, or `rows`
             is less than 1.
     """
+    _check_rows(rows)
+    sae = load_of_one_site(folder, device)
+    settled = _settled(sae, model=model, text=text) | {"site": site or sae.cfg.hook_name}
+    _check_settled(folder, settled)
+    target, mask, corpus, is_own_text = _open_text(sae, settled, rows=rows, device=device)
+    return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus, is_own_text)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedCrosscoder:
+    """A crosscoder ready to be measured; attributes as of `OpenedSAE`."""
+
+    crosscoder: Crosscoder
+    target: Target
+    mask: MaskPolicy
+    corpus: Corpus
+
+
+def open_crosscoder(
+    folder: Path, *, model: str | None, text: str | None, rows: int | None, device: str
+) -> OpenedCrosscoder:
+    """Load a crosscoder, its model and its text; arguments and errors as for `open_sae`."""
+    _check_rows(rows)
+    crosscoder = Crosscoder.load(folder, device=device)
+    settled = _settled(crosscoder.sae, model=model, text=text)
+    _check_settled(folder, settled)
+    target, mask, corpus, _ = _open_text(crosscoder.sae, settled, rows=rows, device=device)
+    return OpenedCrosscoder(crosscoder, target, mask, corpus)
+
+
+def is_crosscoder(folder: Path) -> bool:
+    """Whether it is a folder of ours that says so; what is wrong with any other is for its loader to say."""
+    return (folder / "cfg.json").is_file() and bool(joined_sites(describe(folder).weights.metadata))
+
+
+def _check_rows(rows: int | None) -> None:
     if rows is not None and rows < 1:
         raise SaekitError(f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out")
-    sae = load(folder, device=device)
+
+
+def _settled(sae: SAE, *, model: str | None, text: str | None) -> dict[str, Any]:
+    return {"model": model or sae.cfg.model_name, "text": text or sae.cfg.metadata.get("text")}
+
+
+def _open_text(
+    sae: SAE, settled: Mapping[str, Any], *, rows: int | None, device: str
+) -> tuple[Target, MaskPolicy, Corpus, bool]:
+    """The model, the mask, the text divided as in training, and whether it is the text of training."""
     recorded = sae.cfg.metadata
-    own_text = recorded.get("text")
-    settled = {"model": model or sae.cfg.model_name, "text": text or own_text, "site": site or sae.cfg.hook_name}
-    _check_settled(folder, settled)
     target = Target.load(settled["model"], device=device)
     context = sae.cfg.context_size or min(target.context or 256, 256)
     row_bos = recorded.get("row_bos", True)
     reading = {"context": context, "row_bos": row_bos, "longest": target.context, "vocabulary": target.vocabulary}
-    is_own_text = settled["text"] == own_text
+    is_own_text = settled["text"] == recorded.get("text")
     if is_own_text:
         held_out_rows = recorded.get("held_out_rows", 160)
         corpus = load_corpus(
@@ -76,8 +119,22 @@ def open_sae(
         corpus = _divided(read, documents, recorded)
         is_own_text = corpus.train is not corpus.held_out
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
-    mask = MaskPolicy(**recorded.get("mask", {}))
-    return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus, is_own_text)
+    return target, MaskPolicy(**recorded.get("mask", {})), corpus, is_own_text
+
+
+def load_of_one_site(name: Path | str, device: str = "cpu") -> SAE:
+    """An SAE of any format.
+
+    Raises:
+        SaekitError: a crosscoder, which few commands can place.
+    """
+    sae = load(name, device=device)
+    if sites := joined_sites(sae.cfg.metadata):
+        raise SaekitError(
+            f"{name} is a crosscoder of {', '.join(sites)}, and this needs an SAE of one Site; `saekit eval` measures "
+            "it, `saekit train --crosscoder --start` goes on from it, Crosscoder.load opens it in Python"
+        )
+    return sae
 
 
 def _divided(rows: TokenRows, documents: tuple[Document, ...], recorded: Mapping[str, Any]) -> Corpus:
@@ -119,7 +176,7 @@ def place_on_model(names: Sequence[str], *, model: str | None, sites: Sequence[s
     saes: dict[Site, SAE] = {}
     common: dict[str, Any] = {}
     for name, given in zip(names, sites or [None] * len(names), strict=True):
-        sae = load(name, device=device)
+        sae = load_of_one_site(name, device)
         settled = {"model": model or sae.cfg.model_name, "site": given or sae.cfg.hook_name}
         _check_settled(name, settled)
         site, recorded = Site.parse(settled["site"]), sae.cfg.metadata

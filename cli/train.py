@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .output import columns, read_and_written, write_facts
+from .recipe import described, train_configs
 from .speed import speed_line, train_with_progress
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
-    from saekit.losses import AuxK, AuxZipf
     from saekit.sae import SAE
-    from saekit.selection import SelectionRule
-    from saekit.targets import Target
+    from saekit.targets import Site, Target
     from saekit.training.config import TrainConfig
-    from saekit.training.objectives import Objective
     from saekit.training.saved_run import RunFile
 
 
@@ -35,6 +33,7 @@ class Train:
       saekit train ./my-model ./notes.txt --site layers.3 --out my-sae
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
       saekit train --site layers.2.mlp:in --site-out layers.2.mlp:out --skip
+      saekit train --site layers.1 layers.2 layers.3 --crosscoder --out my-crosscoder
       saekit train --start my-sae --rule jumprelu --learning-rate 3e-4 --out tuned
     """
 
@@ -46,6 +45,8 @@ class Train:
     """Where to read; several give one SAE each from one forward pass. The middle layer if not given."""
     site_out: tuple[str, ...] = ()
     """What to reconstruct, if not the input: one for each --site. Trains transcoders."""
+    crosscoder: bool = False
+    """Train one dictionary over all Sites of --site, with one code for each token, instead of an SAE each."""
     skip: bool = False
     """Give transcoders a linear connection past their features."""
     rule: Literal["topk", "feature", "mutual", "relu", "gated", "jumprelu"] = "topk"
@@ -112,17 +113,19 @@ class Train:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
-        from saekit.loading import load
         from saekit.targets import Target
 
         from .estimate import estimate
+        from .opened import load_of_one_site
 
         run_file = None if self.dry_run else run_file_of(self)
         target = Target.load(self.model, device=self.device)
-        starts = [load(path) for path in self.start]
+        if self.crosscoder:
+            return run_joint(self, target, run_file)
+        starts = [load_of_one_site(path) for path in self.start]
         configs = train_configs(self, target, starts)
         corpus = read_corpus(self, target)
-        source = harvest_of(self, target, corpus, configs)
+        source = harvest_of(self, target, corpus, sites_of(configs))
         if run_file is None:
             facts = estimate(configs, source, self.device, starts=starts)
             write_facts(facts, as_json=self.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
@@ -130,6 +133,40 @@ class Train:
         facts = train_and_evaluate(self, target, corpus, configs, source, starts=starts, run_file=run_file)
         write_facts({"saes": facts} if len(facts) > 1 else facts[0], as_json=self.json, text=lambda: as_text(facts))
         return 0
+
+
+def run_joint(command: Train, target: "Target", run_file: "RunFile | None") -> int:
+    """The command with --crosscoder."""
+    from saekit.crosscoder import Crosscoder
+    from saekit.errors import SaekitError
+    from saekit.training.crosscoder import Joined
+
+    from .crosscoder import joint_config, joint_text, train_and_evaluate_joint
+    from .estimate import estimate
+
+    if len(command.start) > 1:
+        raise SaekitError(f"{len(command.start)} folders to start from, and a crosscoder is one; give its folder alone")
+    start = Crosscoder.load(command.start[0], device=command.device) if command.start else None
+    config, sites = joint_config(command, target, start)
+    corpus = read_corpus(command, target)
+    source = harvest_of(command, target, corpus, sites)
+    if run_file is None:
+        whole = Joined(source, config.site, dict.fromkeys(sites, 1.0))
+        facts = estimate([config], source, command.device, starts=[] if start is None else [start.sae], whole=whole)
+        write_facts(facts, as_json=command.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
+        return 0
+    facts = train_and_evaluate_joint(
+        command,
+        target,
+        corpus,
+        config,
+        source,
+        start=start,
+        run_file=run_file,
+        record=recorded(command, corpus, source),
+    )
+    write_facts(facts, as_json=command.json, text=lambda: joint_text(facts))
+    return 0
 
 
 def run_file_of(command: Train) -> "RunFile":
@@ -182,110 +219,18 @@ def read_corpus(command: Train, target: "Target") -> "Corpus":
     return corpus
 
 
-def train_configs(command: Train, target: "Target", starts: Sequence["SAE"] = ()) -> list["TrainConfig"]:
-    """What the flags say, and what follows from the SAEs to go on from, as one config per Site."""
-    from saekit.errors import SaekitError
-    from saekit.targets import Site
-    from saekit.training.config import TrainConfig
-    from saekit.training.schedule import ThenFeatureChoice
-
-    named = command.site or [start.cfg.hook_name for start in starts]
-    sites = [Site.parse(site) for site in named] or [target.middle_site()]
-    if starts and len(starts) != len(sites):
-        raise SaekitError(f"{len(starts)} SAEs to start from for {len(sites)} Sites; give one --start for each --site")
-    sites_out = [Site.parse(site) for site in command.site_out] or [None] * len(sites)
-    if len(sites_out) != len(sites):
-        raise SaekitError(
-            f"{len(sites_out)} Sites to reconstruct for {len(sites)} to read; give one --site-out for each --site"
-        )
-    for site in filter(None, [*sites, *sites_out]):
-        site.resolve(target.model)
-    pairs = list(zip(sites, sites_out, strict=True))
-    if len(set(pairs)) < len(pairs):
-        raise SaekitError("one Site is named twice, and its SAE would be the same twice; name each once")
-    if command.exponent and command.rule != "feature":
-        raise SaekitError(f"--exponent shapes the budgets of --rule feature, not of {command.rule}; leave it away")
-    if command.offset and not command.exponent:
-        raise SaekitError(
-            f"--offset {command.offset} flattens a curve, and equal budgets have none; pass --exponent too"
-        )
-    if command.features is not None and command.features < 1:
-        raise SaekitError(f"features={command.features}: give at least 1, or leave it out")
-    n_features = command.features or (starts[0].n_features if starts else 4096)
-    rule, objective = rule_and_objective(command)
-    return [
-        TrainConfig(
-            site=site,
-            site_out=site_out,
-            skip=command.skip,
-            rule=rule,
-            objective=objective,
-            then=None if command.then_feature is None else ThenFeatureChoice(at=command.then_feature),
-            n_features=n_features,
-            tokens=command.tokens,
-            batch_tokens=command.batch_tokens,
-            seed=command.seed,
-            learning_rate=command.learning_rate,
-            auxiliary=auxiliary_of(command),
-            equal_norms=command.equal_norms,
-            bf16_screening=command.bf16_screening,
-        )
-        for site, site_out in pairs
-    ]
+def sites_of(configs: Sequence["TrainConfig"]) -> list["Site"]:
+    """All that are read or reconstructed, each once."""
+    both = ((config.site, config.site_out) for config in configs)
+    return list(dict.fromkeys(site for pair in both for site in pair if site is not None))
 
 
-def auxiliary_of(command: Train) -> "AuxZipf | AuxK | None":
-    """Who is asked to explain what is left over."""
-    from saekit.errors import SaekitError
-    from saekit.losses import AuxK, AuxZipf
-
-    bf16, sample = command.bf16_auxiliary, command.auxiliary_sample
-    if command.auxiliary == "none":
-        given = [
-            ("--bf16-auxiliary", bf16),
-            ("--auxiliary-sample", sample != 1),
-            ("--auxiliary-claim", command.auxiliary_claim != "token"),
-        ]
-        for flag in (flag for flag, is_given in given if is_given):
-            raise SaekitError(f"{flag} is about a loss that --auxiliary none leaves out; leave one of them away")
-        return None
-    if command.auxiliary == "zipf":
-        return AuxZipf(bf16=bf16, sample=sample, claim=command.auxiliary_claim)
-    if command.auxiliary_claim != "token":
-        raise SaekitError(
-            f"--auxiliary-claim {command.auxiliary_claim} is about --auxiliary zipf; leave one of them away"
-        )
-    return AuxK(bf16=bf16, sample=sample)
-
-
-def rule_and_objective(command: Train) -> tuple["SelectionRule", "Objective"]:
-    """Which matches are kept, and what is asked beside that."""
-    from saekit.errors import SaekitError
-    from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
-    from saekit.training.objectives import Gated, JumpReLU, Matryoshka, Reconstruction, ReLUL1
-
-    penalised = {"relu": ReLUL1, "gated": Gated, "jumprelu": JumpReLU}
-    if command.rule in penalised:
-        if command.then_feature is not None:
-            raise SaekitError(f"--then-feature goes on from a rule that has a budget, not {command.rule}; try mutual")
-        if command.matryoshka:
-            raise SaekitError(f"--matryoshka goes with a rule that has a budget, not with {command.rule}; try mutual")
-        return Threshold(0.0), penalised[command.rule](command.k)
-    rules = {
-        "topk": lambda: TopK(command.k),
-        "mutual": lambda: MutualChoice(command.k),
-        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent, offset=command.offset),
-    }
-    return rules[command.rule](), Matryoshka() if command.matryoshka else Reconstruction()
-
-
-def harvest_of(command: Train, target: "Target", corpus: "Corpus", configs: Sequence["TrainConfig"]) -> "Harvest":
+def harvest_of(command: Train, target: "Target", corpus: "Corpus", sites: Sequence["Site"]) -> "Harvest":
     """The stream of activations that training reads."""
     from saekit.activations.harvest import Harvest
 
     # a buffer longer than the run would be filled for nothing
     buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
-    sites = dict.fromkeys(site for config in configs for site in (config.site, config.site_out) if site is not None)
     return Harvest(
         target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens, prefetch=command.prefetch
     )
@@ -302,7 +247,6 @@ def train_and_evaluate(
     run_file: "RunFile | None" = None,
 ) -> list[dict[str, Any]]:
     """Train, save, evaluate on the held-out rows; one dict of facts per SAE."""
-    from saekit.activations.harvest import checksum
     from saekit.checkpoint import check_writable
     from saekit.sae_config import with_metadata
 
@@ -319,18 +263,7 @@ def train_and_evaluate(
         run_file=run_file,
     )
     for sae, folder in zip(saes, folders, strict=True):
-        sae.cfg = with_metadata(
-            sae.cfg,
-            text=command.text,
-            train_rows=len(corpus.train),
-            text_checksum=checksum(corpus.train.ids),
-            row_bos=command.row_bos == "yes",
-            held_out_rows=command.held_out_rows,
-            **({} if command.max_documents is None else {"max_documents": command.max_documents}),
-            **({"started_from": list(command.start)} if command.start else {}),
-            mask=source.mask.as_dict(),
-            **versions(),
-        )
+        sae.cfg = with_metadata(sae.cfg, **recorded(command, corpus, source))
         sae.save(folder)
     if run_file is not None:
         run_file.path.unlink(missing_ok=True)
@@ -338,6 +271,23 @@ def train_and_evaluate(
         evaluate_saved(sae, target, corpus, config, source, folder) | speed
         for sae, config, folder in zip(saes, configs, folders, strict=True)
     ]
+
+
+def recorded(command: Train, corpus: "Corpus", source: "Harvest") -> dict[str, Any]:
+    """What is kept in the folder of how it was made, beside the recipe."""
+    from saekit.activations.harvest import checksum
+
+    return {
+        "text": command.text,
+        "train_rows": len(corpus.train),
+        "text_checksum": checksum(corpus.train.ids),
+        "row_bos": command.row_bos == "yes",
+        "held_out_rows": command.held_out_rows,
+        **({} if command.max_documents is None else {"max_documents": command.max_documents}),
+        **({"started_from": list(command.start)} if command.start else {}),
+        "mask": source.mask.as_dict(),
+        **versions(),
+    }
 
 
 def evaluate_saved(
@@ -361,16 +311,6 @@ def evaluate_saved(
         "rule": described(config),
         **with_missing(metrics),
     }
-
-
-def described(config: "TrainConfig") -> str:
-    """The rule, or what takes its place, in a few words."""
-    from saekit.selection import Threshold
-    from saekit.training.objectives import Reconstruction
-
-    if isinstance(config.objective, Reconstruction):
-        return repr(config.rule)
-    return repr(config.objective) if isinstance(config.rule, Threshold) else f"{config.rule}, {config.objective}"
 
 
 def folder_of(config: "TrainConfig") -> str:

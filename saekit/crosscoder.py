@@ -11,6 +11,7 @@ what is usual at each; how the norm is spread says where the feature lives.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,9 @@ class Crosscoder:
                 f"Sites of {', '.join(map(str, self.widths.values()))} numbers make {sum(self.widths.values())}, but "
                 f"the SAE encodes {self.sae.d_model}; give the widths that it was trained on"
             )
+
+    def __repr__(self) -> str:
+        return f"Crosscoder({', '.join(map(str, self.widths))}, n_features={self.sae.n_features})"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -86,10 +90,9 @@ class Crosscoder:
             FileError: there is none, it is damaged, or it holds an SAE of one Site.
         """
         sae = SAE.load(folder, device=device)
-        described = sae.cfg.metadata.get(_KEY)
-        if not isinstance(described, Mapping):
+        if not joined_sites(sae.cfg.metadata):
             raise FileError(f"{folder} holds an SAE of one Site, not a crosscoder; load it with SAE.load")
-        by_site = {Site.parse(site): facts for site, facts in described.items()}
+        by_site = {Site.parse(site): facts for site, facts in sae.cfg.metadata[_KEY].items()}
         return cls(
             sae,
             widths={site: int(width) for site, (width, _) in by_site.items()},
@@ -98,6 +101,12 @@ class Crosscoder:
 
     def _by_site(self, joined: Float[Tensor, "rows d_model"]) -> dict[Site, Tensor]:
         return dict(zip(self.widths, joined.split(list(self.widths.values()), dim=1), strict=True))
+
+
+def joined_sites(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The Sites of a crosscoder whose folder says this; none of an SAE of one Site."""
+    described = metadata.get(_KEY)
+    return tuple(described) if isinstance(described, Mapping) else ()
 
 
 def join(

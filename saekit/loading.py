@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from saekit import checkpoint, pretrained, sae_config
-from saekit.errors import UnknownNameError
+from saekit.crosscoder import joined_sites
+from saekit.errors import SaekitError, UnknownNameError
 from saekit.formats import known, saelens, sparsify
 from saekit.formats.files import Files, open_files
 from saekit.formats.weights import Weights
@@ -163,6 +164,10 @@ def convert(sae: SAE, folder: Path | str, *, to: str) -> None:
     Raises:
         SaekitError: if the other tool has no such SAE, or the folder cannot be written.
     """
+    if to != "saekit" and (sites := joined_sites(sae.cfg.metadata)):
+        raise SaekitError(
+            f"a crosscoder of {', '.join(sites)} cannot be written for {to}, whose SAEs have one Site; choose saekit"
+        )
     match to:
         case "saekit":
             sae.save(folder)

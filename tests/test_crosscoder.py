@@ -162,6 +162,24 @@ class Apart:
         return {site: ActivationBatch.from_vectors(part) for site, part in zip(WIDTHS, parts, strict=True)}
 
 
+def test_a_source_says_how_wide_its_sites_are_without_being_asked_at_every_batch(small_samples):
+    class Asked(Shared):
+        times = 0
+
+        @property
+        def widths(self):
+            Asked.times += 1  # a model may have to run for it
+            return WIDTHS
+
+    counts = []
+    for steps in (4, 40):
+        Asked.times = 0
+        config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=steps * 256, batch_tokens=256)
+        train_crosscoder(config, Asked(), [EARLY, LATE])
+        counts.append(Asked.times)
+    assert counts[0] == counts[1]
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=8 * 256, batch_tokens=256)
     whole = train_crosscoder(config, Cached(), [EARLY, LATE])

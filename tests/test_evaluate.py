@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.text import Document, read_documents
 from saekit.activations.tokens import TokenRows, tokenize_documents
-from saekit.analysis.evaluate import ce_recovered, evaluate
+from saekit.analysis.evaluate import evaluate
+from saekit.analysis.language_losses import ce_recovered
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
@@ -167,7 +168,7 @@ def test_large_logits_are_read_few_rows_at_a_time_unless_the_rule_minds(rows, ta
 
     monkeypatch.setattr(target.model, "config", SimpleNamespace(vocab_size=VOCABULARY), raising=False)
     whole = evaluate(sae_of(rule=rule), target, rows, SITE, batch_rows=5)
-    monkeypatch.setattr("saekit.analysis.evaluate.LOGITS", 2 * CONTEXT * VOCABULARY)
+    monkeypatch.setattr("saekit.analysis.language_losses.LOGITS", 2 * CONTEXT * VOCABULARY)
     model = Target.wrap(target.model, forward=forward)
     found = evaluate(sae_of(rule=rule), model, rows, SITE, batch_rows=5)
     assert max(sizes[-4:]) == most

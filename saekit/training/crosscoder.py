@@ -48,8 +48,8 @@ class Joined:
 
     def join(self, batches: Mapping[Site, ActivationBatch]) -> dict[Site, ActivationBatch]:
         """One batch of the Sites as one of the whole."""
-        widths = {site: self.source.widths[site] for site in self.scales}
         scaled = {site: batches[site].vectors * scale for site, scale in self.scales.items()}
+        widths = {site: vectors.shape[1] for site, vectors in scaled.items()}  # a source may run its model to say
         first = batches[next(iter(self.scales))]
         return {self.site: replace(first, vectors=join(scaled, widths))}
 
