@@ -126,7 +126,7 @@ def full(
 
 def quick() -> Iterator[Run]:
     """Ten minutes: does every rule run, and is every column filled? Too short to compare rules by."""
-    few = ("topk", "topk+aux_k", "mutual+aux_zipf", "feature_zipf+aux_zipf")
+    few = ("topk+aux_k", "mutual+aux_zipf")
     for dataset, rules in (("synthetic_outliers_uncentred", RULES), ("stories260K", few), ("pystd", few)):
         yield from full(
             datasets=(dataset,), rules=tuple(rules), expansions=(16,), ks=(8,), seeds=(0,), tokens=QUICK_TOKENS
