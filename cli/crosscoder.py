@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluate import LOSS_ROWS, SHOWN, metric_rows
-from .output import Progress, columns
+from .evaluate import SHOWN, metric_rows, with_bar
+from .output import columns
 from .recipe import described, train_configs
 from .speed import speed_line, with_progress
 
@@ -102,16 +103,8 @@ def evaluate_joint(crosscoder: "Crosscoder", target: "Target", rows: "TokenRows"
     """Its metrics, with a bar on stderr."""
     from saekit.analysis.evaluate_crosscoder import evaluate_crosscoder
 
-    loss_rows = min(LOSS_ROWS, len(rows))
-    with Progress("evaluating", len(rows) + loss_rows * len(crosscoder.sites), unit="rows") as progress:
-        return evaluate_crosscoder(
-            crosscoder,
-            target,
-            rows,
-            mask=mask,
-            loss_rows=loss_rows,
-            on_progress=lambda rows_done: progress.to(progress.done + rows_done),
-        ).metrics()
+    evaluation = partial(evaluate_crosscoder, crosscoder, target, rows, mask=mask)
+    return with_bar(len(rows), len(crosscoder.sites), evaluation).metrics()
 
 
 def facts_of(folder: Path, sites: Sequence["Site"], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`saekit eval`: how good an SAE is on held-out text."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from saekit.analysis.evaluate import Evaluation
     from saekit.sae import SAE
     from saekit.targets import Site, Target
+
+Measured = TypeVar("Measured")
 
 # the model runs four times over these; the spread of a mean over 40,000 predictions is small already
 LOSS_ROWS = 160
@@ -98,17 +101,14 @@ def evaluate_with_progress(
     """`evaluate`, with a bar on stderr."""
     from saekit.analysis.evaluate import evaluate
 
-    loss_rows = min(LOSS_ROWS, len(rows))
-    with Progress("evaluating", len(rows) + loss_rows, unit="rows") as progress:
-        return evaluate(
-            sae,
-            target,
-            rows,
-            site,
-            mask=mask,
-            loss_rows=loss_rows,
-            on_progress=lambda rows_done: progress.to(progress.done + rows_done),
-        )
+    return with_bar(len(rows), 1, partial(evaluate, sae, target, rows, site, mask=mask))
+
+
+def with_bar(n_rows: int, n_sites: int, evaluation: "Callable[..., Measured]") -> "Measured":
+    """An evaluation whose losses at each Site are of `LOSS_ROWS` rows, with a bar on stderr."""
+    loss_rows = min(LOSS_ROWS, n_rows)
+    with Progress("evaluating", n_rows + loss_rows * n_sites, unit="rows") as progress:
+        return evaluation(loss_rows=loss_rows, on_progress=lambda rows_done: progress.to(progress.done + rows_done))
 
 
 def with_missing(metrics: Mapping[str, Any]) -> dict[str, Any]:
