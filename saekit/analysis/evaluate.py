@@ -123,12 +123,13 @@ def evaluate(
         losses = language_losses(
             target,
             read,
-            written,
-            lambda chosen: run_with_saes(target, read.ids[chosen], {site: sae}, use_error_term=False, mask=tokens),
-            mean=unexplained.mean,
+            {written: unexplained.mean},
+            lambda chosen: {
+                written: lambda: run_with_saes(target, read.ids[chosen], {site: sae}, use_error_term=False, mask=tokens)
+            },
             batch_rows=loss_batch_rows(target, read, batch_rows, looks_across_tokens=sae.rule.looks_across_tokens),
             on_progress=on_progress,
-        )
+        )[written]
     return Evaluation(fvu=unexplained.fvu, explained_variance=1 - unexplained.fvu, **usage.metrics(), **losses)
 
 

@@ -7,8 +7,9 @@ from the codes of the untouched activations of all Sites. One number more, over 
     own_fraction         features that write nearly only here: over nine tenths of their squared decoder norm
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,9 +124,7 @@ def evaluate_crosscoder(
     losses = dict.fromkeys(crosscoder.sites, NO_LOSSES)
     if loss_rows is None or loss_rows > 0:
         harvest = replace(harvest, rows=rows.select(slice(loss_rows)))
-        losses = {
-            site: _losses_at(crosscoder, harvest, site, sums.mean, on_progress) for site, sums in unexplained.items()
-        }
+        losses = _losses(crosscoder, harvest, {site: sums.mean for site, sums in unexplained.items()}, on_progress)
     own = _own_fractions(crosscoder, fired=usage.counts > 0)
     by_site = {
         site: SiteEvaluation(fvu=sums.fvu, explained_variance=1 - sums.fvu, own_fraction=own[site], **losses[site])
@@ -164,32 +163,27 @@ class _Read:
         return cls(codes, vectors, crosscoder.decode(codes), first.document - rows[0], first.position)
 
 
-def _losses_at(
-    crosscoder: Crosscoder,
-    harvest: Harvest,
-    site: Site,
-    mean: Float[Tensor, " d_site"],
-    on_progress: Callable[[int], None],
-) -> dict[str, Any]:
+def _losses(
+    crosscoder: Crosscoder, harvest: Harvest, means: Mapping[Site, Tensor], on_progress: Callable[[int], None]
+) -> dict[Site, dict[str, Any]]:
     target, rows = harvest.target, harvest.rows
     looks_across_tokens = crosscoder.sae.rule.looks_across_tokens
 
-    def spliced(chosen: Int[Tensor, " chosen"]) -> Tensor:
+    def spliced(chosen: Int[Tensor, " chosen"]) -> dict[Site, Callable[[], Tensor]]:
         read, ids = _Read.of(crosscoder, harvest, chosen), rows.ids[chosen]
 
-        def put(x: Tensor) -> Tensor:
+        def put(site: Site, x: Tensor) -> Tensor:
             changed = on_grid(x, ids, site).clone()
             changed[read.row, read.position] = read.reconstructed[site].to(x)
             return changed.reshape(x.shape)
 
-        return target.run(ids, edits={site: put})
+        return {site: partial(target.run, ids, edits={site: partial(put, site)}) for site in means}
 
     return language_losses(
         target,
         rows,
-        site,
+        means,
         spliced,
-        mean=mean,
         batch_rows=loss_batch_rows(target, rows, harvest.batch_rows, looks_across_tokens=looks_across_tokens),
         on_progress=on_progress,
     )

@@ -6,7 +6,7 @@ ce_recovered_mean    the same against mean ablation, which is the harsher yardst
 kl                   nats from the clean prediction to the spliced one, mean over predicted tokens
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,47 +26,60 @@ NO_LOSSES: dict[str, Any] = {
 }
 
 
+Spliced = Callable[[Int[Tensor, " chosen"]], Mapping[Site, Callable[[], Tensor]]]
+"""From the chosen rows to, for each Site, how to get their logits from the forward pass that is changed there."""
+
+
 def language_losses(
     target: Target,
     rows: TokenRows,
-    written: Site,
-    spliced: Callable[[Int[Tensor, " chosen"]], Tensor],
+    means: Mapping[Site, Float[Tensor, " d_out"]],
+    spliced: Spliced,
     *,
-    mean: Float[Tensor, " d_out"],
     batch_rows: int,
     on_progress: Callable[[int], None],
-) -> dict[str, Any]:
-    """Losses of the model untouched, spliced, and with one Site at zero and at its mean; four passes per batch.
+) -> dict[Site, dict[str, Any]]:
+    """Losses of the model untouched, and for each Site spliced, at zero and at its mean; a pass per batch for each.
 
     Args:
-        written: the Site that is spliced and ablated.
-        spliced: the logits of the chosen rows in the changed forward pass.
+        means: of what the model computes at each Site.
         batch_rows: rows of one pass.
+        on_progress: called with the rows of a batch once for each Site.
     """
-    # each with its own logits, the largest tensors there are: one at a time, beside the clean ones
-    variants: dict[str, Callable[[Tensor], Tensor]] = {
-        "ce_sae": spliced,
-        "ce_zero": lambda chosen: target.run(rows.ids[chosen], edits={written: torch.zeros_like}),
-        "ce_mean": lambda chosen: target.run(rows.ids[chosen], edits={written: lambda x: mean.to(x).expand_as(x)}),
-    }
-    sums: dict[str, float] = dict.fromkeys(("ce_clean", *variants, "kl"), 0.0)
+    names = ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl")
+    sums: dict[Site, dict[str, float]] = {site: dict.fromkeys(names, 0.0) for site in means}
     predicted = 0
     for chosen in torch.arange(len(rows)).split(batch_rows):
         ids = rows.ids[chosen]
         following = ids[:, 1:].flatten()
         wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
         clean = _log_probs(target.run(ids), wanted)
-        sums["ce_clean"] += _nats(clean, following[wanted])
-        for name, run in variants.items():
-            log_probs = _log_probs(run(chosen), wanted)
-            sums[name] += _nats(log_probs, following[wanted])
-            if name == "ce_sae":
-                sums["kl"] += float(kl_div(log_probs, clean, log_target=True, reduction="sum"))
-            del log_probs
+        clean_nats = _nats(clean, following[wanted])
+        changed = spliced(chosen)
+        for site, mean in means.items():
+            sums[site]["ce_clean"] += clean_nats
+            # each with its own logits, the largest tensors there are: one at a time, beside the clean ones
+            for name, run in {"ce_sae": changed[site], **_ablations(target, ids, site, mean)}.items():
+                log_probs = _log_probs(run(), wanted)
+                sums[site][name] += _nats(log_probs, following[wanted])
+                if name == "ce_sae":
+                    sums[site]["kl"] += float(kl_div(log_probs, clean, log_target=True, reduction="sum"))
+                del log_probs
+            on_progress(len(ids))
         predicted += int(wanted.sum())
-        on_progress(len(ids))
     if predicted == 0:  # rows of one token, or nothing but padding
-        return NO_LOSSES
+        return dict.fromkeys(means, NO_LOSSES)
+    return {site: _recovered(total, predicted) for site, total in sums.items()}
+
+
+def _ablations(target: Target, ids: Tensor, site: Site, mean: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {
+        "ce_zero": lambda: target.run(ids, edits={site: torch.zeros_like}),
+        "ce_mean": lambda: target.run(ids, edits={site: lambda x: mean.to(x).expand_as(x)}),
+    }
+
+
+def _recovered(sums: Mapping[str, float], predicted: int) -> dict[str, Any]:
     means = {name: total / predicted for name, total in sums.items()}
     recovered = {
         name: ce_recovered(clean=means["ce_clean"], spliced=means["ce_sae"], ablated=means[ablation])
