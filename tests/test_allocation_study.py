@@ -361,6 +361,12 @@ def test_plots_show_every_run_of_the_columns_that_are_there(tmp_path):
     assert list(figure.data[0].x) == [0.1, 0.2]
     assert list(figure.data[0].y) == ["topk", "mutual"]
     assert "cdn" not in written[0].read_text()[:2000]
+    longer = plots.figure_of([*rows, rows[0] | {"tokens": "1000"}], "inference_fvu", "fvu", logarithmic=True)
+    assert [title.text for title in longer.layout.annotations] == [
+        "pystd, 16x, k=8, 9 tokens",
+        "pystd, 16x, k=8, 1,000 tokens",
+    ]
+    assert list(longer.data[1].x) == [0.1]
 
 
 def test_tables_give_means_over_seeds_with_their_spread_and_leave_out_what_nobody_has(tmp_path):
@@ -383,6 +389,8 @@ def test_tables_give_means_over_seeds_with_their_spread_and_leave_out_what_nobod
         "| mutual | 1 | 0.1500 | 1.25 |",
         "| mutual x2 | 1 | 0.5000 | 1.25 |",
     ]
+    tables.write([*rows, rows[0] | {"tokens": "5000"}], tmp_path / "r.md")
+    assert "| rule | pystd 16x k=8 1,000 tokens | pystd 16x k=8 5,000 tokens |" in (tmp_path / "r.md").read_text()
 
 
 def test_learning_rates_are_compared_on_the_seeds_that_all_of_a_rule_have(tmp_path):

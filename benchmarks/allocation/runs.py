@@ -79,6 +79,7 @@ OPEN = Threshold(0.0)  # for objectives that find their own sparsity
 RULES: dict[str, Callable[[Setting], TrainConfig]] = {
     "topk": lambda s: s.config(TopK(s.k), auxiliary=None),
     "topk+aux_k": lambda s: s.config(TopK(s.k), auxiliary=AuxK()),
+    "topk+aux_zipf": lambda s: s.config(TopK(s.k)),  # what `saekit train` does unless told otherwise
     "topk+aux_zipf_by_feature": lambda s: s.config(TopK(s.k), auxiliary=BY_FEATURE),
     "mutual": lambda s: s.config(MutualChoice(s.k), auxiliary=None),
     "mutual+aux_k": lambda s: s.config(MutualChoice(s.k), auxiliary=AuxK()),
@@ -126,8 +127,6 @@ def full(
 
 def quick() -> Iterator[Run]:
     """Ten minutes: does every rule run, and is every column filled? Too short to compare rules by."""
-    few = ("topk+aux_k", "mutual+aux_zipf")
-    for dataset, rules in (("synthetic_outliers_uncentred", RULES), ("stories260K", few), ("pystd", few)):
-        yield from full(
-            datasets=(dataset,), rules=tuple(rules), expansions=(16,), ks=(8,), seeds=(0,), tokens=QUICK_TOKENS
-        )
+    few = {"stories260K": ("topk+aux_k", "mutual+aux_zipf"), "pystd": ("mutual+aux_zipf",)}
+    for dataset, rules in ({"synthetic_outliers_uncentred": tuple(RULES)} | few).items():
+        yield from full(datasets=(dataset,), rules=rules, expansions=(16,), ks=(8,), seeds=(0,), tokens=QUICK_TOKENS)

@@ -47,10 +47,12 @@ def overview(rows: Rows) -> str:
         if float(row["lr_scale"]) == 1:
             cells.setdefault((row["rule"], _panel(row)), []).append(float(row["inference_fvu"]))
     panels = [panel for rule, panel in cells if rule == "topk"]
+    several = len({tokens for *_, tokens in panels}) > 1
+    heads = [f"{data} {wide}x k={k}" + f" {int(tokens):,} tokens" * several for data, wide, k, tokens in panels]
     lines = [
         "## FVU as a multiple of TopK's, means of seeds (`*`: one seed)",
         "",
-        "| rule | " + " | ".join(f"{dataset} {expansion}x k={k}" for dataset, expansion, k, _ in panels) + " |",
+        "| rule | " + " | ".join(heads) + " |",
         "|---" * (len(panels) + 1) + "|",
     ]
     for rule in dict.fromkeys(rule for rule, _ in cells):
