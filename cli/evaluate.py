@@ -81,13 +81,10 @@ class Eval:
         return 0
 
     def _run_joint(self) -> int:
-        from saekit.errors import SaekitError
-
         from .crosscoder import evaluate_joint, facts_of, joint_lines
-        from .opened import open_crosscoder
+        from .opened import check_own_sites, open_crosscoder
 
-        if self.site is not None:
-            raise SaekitError(f"{self.sae} is a crosscoder, which reads the Sites of its training; leave --site out")
+        check_own_sites(self.sae, self.site)
         opened = open_crosscoder(self.sae, model=self.model, text=self.text, rows=self.rows, device=self.device)
         metrics = evaluate_joint(opened.crosscoder, opened.target, opened.corpus.held_out, opened.mask)
         facts = facts_of(self.sae, opened.crosscoder.sites, metrics)

@@ -1,6 +1,7 @@
 """`saekit export`: a page about an SAE's features, in one file."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,16 +11,16 @@ from .export_for import export_delphi, export_neuronpedia
 from .output import Progress, columns, write_facts
 
 if TYPE_CHECKING:
-    from .opened import OpenedSAE
+    from .opened import OpenedCrosscoder, OpenedSAE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """Write a page about a saved SAE: how often features fire, and the most interesting ones with examples.
+    """Write a page about a saved SAE or crosscoder: how often features fire, the most interesting ones with examples.
 
     One HTML file that needs nothing else, for looking at and for sending to somebody. Features of an
     SAE on Python source are scored against the concepts of the language. Effects on the model's loss are shown if
-    `saekit effects` has measured them.
+    `saekit effects` has measured them. Of a crosscoder each feature's page says at which Sites it lives.
 
     Example:
       saekit export sae --out features.html
@@ -50,8 +51,10 @@ class Export:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
-        from .opened import open_sae
+        from .opened import is_crosscoder, open_sae
 
+        if is_crosscoder(self.sae):
+            return self._run_joint()
         opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)
         match self.to:
             case "neuronpedia":
@@ -62,34 +65,57 @@ class Export:
             case _:
                 out = self.out or Path("features.html")
                 facts = export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens)
-        write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
+        self._write(facts)
         return 0
 
+    def _run_joint(self) -> int:
+        from saekit.errors import SaekitError
 
-def export_page(opened: "OpenedSAE", folder: Path, out: Path, *, n_features: int, n_tokens: int) -> dict[str, Any]:
+        from .opened import check_own_sites, open_crosscoder
+
+        check_own_sites(self.sae, self.site)
+        if self.to != "page":
+            raise SaekitError(f"{self.sae} is a crosscoder, and {self.to} takes SAEs of one Site; leave --to out")
+        opened = open_crosscoder(self.sae, model=self.model, text=self.text, rows=None, device=self.device)
+        out = self.out or Path("features.html")
+        self._write(export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens))
+        return 0
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
+
+
+def export_page(
+    opened: "OpenedSAE | OpenedCrosscoder", folder: Path, out: Path, *, n_features: int, n_tokens: int
+) -> dict[str, Any]:
     """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it.
 
     Effects that `saekit effects` has kept in the folder are shown.
     """
     from saekit.activations.harvest import Harvest
-    from saekit.dashboards.page_of_sae import page_of_sae, sample_rows
+    from saekit.dashboards.page_of_sae import page_of_crosscoder, page_of_sae, sample_rows
     from saekit.dashboards.static_page import check_writable, write_page
     from saekit.patching.effects_file import kept_effects
 
+    from .opened import OpenedCrosscoder
+
     check_writable(out)
-    kept = kept_effects(folder, opened.sae)
+    if isinstance(opened, OpenedCrosscoder):
+        sae, sites = opened.crosscoder.sae, opened.crosscoder.sites
+        page_of = partial(page_of_crosscoder, opened.crosscoder)
+    else:
+        sae, sites = opened.sae, (opened.site,)
+        page_of = partial(page_of_sae, sae, kept=kept_effects(folder, sae))
     rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
-    harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
+    harvest = Harvest(target=opened.target, rows=rows, sites=sites, mask=opened.mask)
     documents = opened.corpus.train_documents
     is_python = all(document.name.endswith(".py") for document in documents)
     with Progress("reading features", len(rows), unit="rows") as progress:
-        page, measured = page_of_sae(
-            opened.sae,
+        page, measured = page_of(
             harvest,
-            metrics=opened.sae.cfg.metadata.get("evaluation", {}),
+            metrics=sae.cfg.metadata.get("evaluation", {}),
             documents=documents if is_python else (),
             n_features=n_features,
-            kept=kept,
             on_progress=lambda done: progress.to(min(progress.done + done, len(rows))),
         )
         write_page(out, page)

@@ -81,6 +81,12 @@ def open_crosscoder(
     return OpenedCrosscoder(crosscoder, target, mask, corpus)
 
 
+def check_own_sites(folder: Path, site: str | None) -> None:
+    """Refuse another Site for a crosscoder."""
+    if site is not None:
+        raise SaekitError(f"{folder} is a crosscoder, which reads the Sites of its training; leave --site out")
+
+
 def is_crosscoder(folder: Path) -> bool:
     """Whether it is a folder of ours that says so; what is wrong with any other is for its loader to say."""
     return (folder / "cfg.json").is_file() and bool(joined_sites(describe(folder).weights.metadata))
@@ -131,8 +137,8 @@ def load_of_one_site(name: Path | str, device: str = "cpu") -> SAE:
     sae = load(name, device=device)
     if sites := joined_sites(sae.cfg.metadata):
         raise SaekitError(
-            f"{name} is a crosscoder of {', '.join(sites)}, and this needs an SAE of one Site; `saekit eval` measures "
-            "it, `saekit train --crosscoder --start` goes on from it, Crosscoder.load opens it in Python"
+            f"{name} is a crosscoder of {', '.join(sites)}, and this needs an SAE of one Site; `saekit eval` "
+            "measures and `export` shows it, `saekit train --crosscoder --start` goes on from it"
         )
     return sae
 

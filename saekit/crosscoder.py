@@ -75,6 +75,11 @@ class Crosscoder:
         written = self.decoder().items()
         return torch.stack([rows.norm(dim=1) * self.scales.get(site, 1.0) for site, rows in written], dim=1)
 
+    def shares(self) -> Float[Tensor, "n_features n_sites"]:
+        """Where each feature lives: what part of its squared norm it writes at each Site, in the same units."""
+        squares = self.decoder_norms().square()
+        return squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)
+
     def save(self, folder: Path | str) -> None:
         """Write the native folder of the SAE; Sites and widths go with its metadata."""
         described = {str(site): [width, self.scales.get(site, 1.0)] for site, width in self.widths.items()}

@@ -96,6 +96,11 @@ def test_codes_are_shared_and_each_site_has_its_own_decoder():
         assert torch.equal(cross.decoder()[site], sae.W_dec[:, block])
     assert cross.decoder_norms().shape == (16, 2)
     torch.testing.assert_close(cross.decoder_norms().square().sum(1), sae.W_dec.square().sum(1))
+    with torch.no_grad():
+        sae.decoder[3] = 0  # lives nowhere
+    by_hand = cross.decoder_norms()[:3].square() / cross.decoder_norms()[:3].square().sum(1, keepdim=True)
+    torch.testing.assert_close(cross.shares()[:3], by_hand)
+    assert cross.shares()[3].tolist() == [0, 0]
 
 
 def test_all_sites_are_reconstructed_however_loud_one_of_them_is(trained):

@@ -1,6 +1,7 @@
 """Crosscoders from the command line: trained, gone on with, measured, described, refused where one Site is needed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,37 @@ def test_what_people_are_shown(trained, capsys):
     assert "sites   layers.0:out, layers.1:out" in capsys.readouterr().out
     assert main(["info", str(trained), "--json"]) == 0
     assert facts_of(capsys)["crosscoder_of"] == SITES
+
+
+def test_its_page_has_the_examples_of_all_sites_codes_and_where_features_live(trained, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["export", str(trained), "--tokens", "2000", "--features", "5", "--out", str(out), "--json"]) == 0
+    facts = facts_of(capsys)
+    html = out.read_text()
+    page = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+    assert facts["features_shown"] == len(page["features"]) == 5 and page["sites"] == SITES
+    shares = Crosscoder.load(trained).shares()
+    for feature in page["features"]:
+        assert feature["shares"] == pytest.approx(shares[feature["feature"]].tolist(), rel=1e-3)
+        assert feature["groups"][0]["examples"] and feature["promoted"]
+    evaluation = Crosscoder.load(trained).sae.cfg.metadata["evaluation"]
+    fvu = re.search(r'<tr data-metric="fvu">.*?<td>(.*?)</td>', html)[1]
+    assert float(fvu) == pytest.approx(evaluation["by_site"]["layers.0:out"]["fvu"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--site", "layers.0"], "reads the Sites of its training; leave --site out"),
+        (["--to", "delphi"], "is a crosscoder, and delphi takes SAEs of one Site; leave --to out"),
+        (["--to", "neuronpedia"], "is a crosscoder, and neuronpedia takes SAEs of one Site; leave --to out"),
+    ],
+)
+def test_what_its_page_cannot_be_is_refused_in_one_line(trained, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(trained), *arguments]) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_goes_on_from_a_crosscoder(place, trained, tmp_path, capsys):
@@ -133,7 +165,6 @@ def test_a_start_whose_sites_are_others_is_refused_in_one_line(place, trained, t
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["export", "{}"],
         ["effects", "{}"],
         ["check", "{}"],
         ["patch", "the small", "--other", "the few", "--answer", "a", "--wrong", "the", "--sae", "{}"],

@@ -30,13 +30,16 @@ from saekit.dashboards import (
     zipf_plot,
 )
 from saekit.dashboards.feature_effect import effect_of
-from saekit.dashboards.page_data import ExampleLayout
+from saekit.dashboards.page_data import ExampleLayout, Homes
 from saekit.dashboards.page_of_sae import with_effects
 from saekit.dashboards.plots import (
     density_bars,
     l0_bars,
+    share_bars,
+    share_histogram,
     svg_density_histogram,
     svg_l0_histogram,
+    svg_share_histogram,
     svg_zipf_plot,
     zipf_curve,
 )
@@ -341,6 +344,17 @@ def test_l0_bars_count_every_token_and_the_mean_is_marked(spread: int):
         assert middles[heights.index(3)] == 20
 
 
+def test_share_bars_count_every_feature_both_ends_included():
+    share = torch.tensor([0.0, 0.049, 0.05, 0.5, 1.0, 1.0000001])
+    bars = share_bars(share)
+    assert len(bars.counts) == 20 and bars.edges[-1] == 1
+    assert {place: n for place, n in enumerate(bars.counts) if n} == {0: 2, 1: 1, 10: 1, 19: 2}
+    figure = share_histogram(share, "layers.1:out")
+    assert list(figure.data[0].y) == list(bars.counts) and figure.layout.xaxis.title.text == "share at layers.1:out"
+    drawn = svg_share_histogram(share, "a<b")
+    assert drawn.count('class="bar"') == 4 and "95 to 100 %: 2 features" in drawn and "share at a&lt;b" in drawn
+
+
 CHROMIUM = shutil.which("chromium")
 
 
@@ -389,6 +403,58 @@ def test_a_browser_shows_the_overview_and_says_when_a_feature_has_no_page(tmp_pa
     missing = seen_in_browser(tmp_path, "#feature=77")
     assert "data-error" not in missing.split("<head>")[0]
     assert "Feature 77 has no page here" in missing
+
+
+def page_with_homes(*sites: str) -> PageData:
+    """Feature f writes f eighths of itself at the last Site; each Site has an FVU, and the last a loss too."""
+    last = torch.arange(N_FEATURES) / N_FEATURES
+    shares = torch.stack([*[(1 - last) / (len(sites) - 1)] * (len(sites) - 1), last], dim=1)
+    metrics = {site: {"fvu": 0.125, "own_fraction": 0.25, "predicted": 9} for site in sites}
+    metrics[sites[-1]]["ce_sae"] = 2.5
+    return replace(small_page(), homes=Homes(sites=sites, shares=shares, metrics=metrics))
+
+
+def test_of_a_crosscoder_the_page_says_where_features_live():
+    html = render_page(page_with_homes("<i>a</i>", "b", "c"))
+    assert [feature["shares"] for feature in embedded(html)["features"]] == [
+        [0.1875, 0.1875, 0.625],
+        [0.5, 0.5, 0.0],
+        [0.3125, 0.3125, 0.375],
+    ]
+    table = re.search(r'<section class="card by-site">(.*?)</section>', html, re.DOTALL)[1]
+    rows = re.findall(r'<tr data-metric="(\w+)">.*?</th>(.*?)</tr>', table)
+    assert {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows} == {
+        "fvu": ["0.125"] * 3,
+        "own_fraction": ["25 %"] * 3,
+        "ce_sae": ["–", "–", "2.5"],
+    }
+    assert html.count("<h2>Where features live</h2>") == 3 and "<i>a</i>" not in html
+    # the plots of two Sites would be mirror images; features that never fired are in none
+    of_two = re.search(r"Where features live.*?</figure>", render_page(page_with_homes("a", "b")), re.DOTALL)[0]
+    assert "share at b" in of_two and "share at a" not in of_two
+    assert of_two.count('class="bar"') == N_FEATURES - 1
+    plain = render_page(small_page())
+    assert "Where features live" not in plain and "by-site" not in plain.partition("</style>")[2]
+    assert all(feature["shares"] == [] for feature in embedded(plain)["features"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
+def test_a_browser_shows_where_a_feature_lives_and_nothing_of_it_for_one_site(tmp_path: Path):
+    write_page(tmp_path / "page.html", page_with_homes("layers.0:out", "layers.2:out"))
+    dom = seen_in_browser(tmp_path, "#feature=3")
+    assert "data-error" not in dom.split("<head>")[0]
+    card = re.search(r'<section class="card home-card">(.*?)</section>', dom, re.DOTALL)[1]
+    assert re.findall(r'class="name">(.*?)<', card) == ["layers.0:out", "layers.2:out"]
+    assert re.findall(r"<b>(.*?)</b>", card) == ["62.5 %", "37.5 %"]
+    assert "by what it writes at layers.2:out" in dom
+    assert 'value="share-1"' in dom
+    write_page(tmp_path / "page.html", small_page())
+    plain = seen_in_browser(tmp_path, "#feature=3")
+    assert (
+        'class="card home-card"' not in plain
+        and 'value="share-' not in plain
+        and "by what it writes" not in (re.search(r'<article id="feature">(.*?)</article>', plain, re.DOTALL)[1])
+    )
 
 
 def measured_effects() -> KeptEffects:

@@ -134,8 +134,7 @@ def evaluate_crosscoder(
 
 
 def _own_fractions(crosscoder: Crosscoder, *, fired: Bool[Tensor, " n_features"]) -> dict[Site, float]:
-    shares = crosscoder.decoder_norms().square().cpu()[fired]
-    own = shares > OWN * shares.sum(1, keepdim=True)
+    own = crosscoder.shares().cpu()[fired] > OWN
     return dict(zip(crosscoder.sites, own.double().mean(0).tolist(), strict=True))
 
 

@@ -80,6 +80,21 @@ class FeaturePage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Homes:
+    """Where the features of a crosscoder live.
+
+    Attributes:
+        sites: of the crosscoder, in its order; what features promote is said of the last.
+        shares: `(n_features, n_sites)` part of each feature's squared norm that it writes there.
+        metrics: of each Site, by the keys of `METRICS`.
+    """
+
+    sites: tuple[str, ...]
+    shares: Float[Tensor, "n_features n_sites"]
+    metrics: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PageData:
     """All that the file shows.
 
@@ -96,6 +111,7 @@ class PageData:
         features: those that have a page, in order of interest.
         token_text: what each token that occurs reads.
         special: tokens that stand for no text, such as BOS.
+        homes: of a crosscoder, where features live; None of an SAE of one Site.
     """
 
     title: str
@@ -110,6 +126,7 @@ class PageData:
     features: tuple[FeaturePage, ...]
     token_text: Mapping[int, str]
     special: tuple[int, ...] = ()
+    homes: Homes | None = None
 
     @property
     def n_features(self) -> int:

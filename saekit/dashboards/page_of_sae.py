@@ -1,4 +1,4 @@
-"""From an SAE and its model to the data of a page: one pass over the rows, and a second look at the examples."""
+"""From an SAE or a crosscoder and its model to the data of a page: one pass over the rows, then a look at examples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,28 +15,32 @@ from saekit.activations.tokens import TokenRows
 from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.feature_pass import AddressedCodes, FeatureMeasurements, measure_features
 from saekit.analysis.featured import interesting_features, logit_effects
+from saekit.codes import SparseCodes
+from saekit.crosscoder import Crosscoder
 from saekit.dashboards.feature_effect import effect_of
-from saekit.dashboards.page_data import PageData, build_page_data, token_texts
+from saekit.dashboards.page_data import Homes, PageData, build_page_data, token_texts
 from saekit.patching.effects_file import KeptEffects
 from saekit.sae import SAE
-from saekit.targets import Target
+from saekit.targets import Site, Target
+
+Encode = Callable[[Mapping[Site, Float[Tensor, "n d_site"]]], SparseCodes]
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Codes, addresses and labels of rows, as `measure_features` wants them."""
 
-    sae: SAE
+    encode: Encode
+    device: torch.device
     harvest: Harvest
     labels: ConceptLabels | None
     on_progress: Callable[[int], None]
 
     def read(self, chosen: Int[Tensor, " chosen"]) -> Iterator[AddressedCodes]:
-        (site,) = self.harvest.sites
         for batches in self.harvest.in_order(chosen):
-            batch = batches[site]
+            batch = next(iter(batches.values()))  # the tokens of one Site are those of all
             with torch.no_grad():
-                codes = self.sae.encode(batch.vectors.to(self.sae.b_dec.device)).to("cpu")
+                codes = self.encode({site: at.vectors.to(self.device) for site, at in batches.items()}).to("cpu")
             labels = known = None
             if self.labels is not None:
                 labels = self.labels.at(batch.document, batch.position)
@@ -64,15 +68,73 @@ def page_of_sae(
             concepts of their source. Leave it out for any other text.
         kept: what the features do to the loss, if that was measured.
     """
-    rows, (site,) = harvest.rows, harvest.sites
+    (site,) = harvest.sites
+    page, measured = _page(
+        sae,
+        harvest,
+        encode=lambda vectors: sae.encode(vectors[site]),
+        w_dec=sae.W_dec,
+        metrics=metrics,
+        documents=documents,
+        n_features=n_features,
+        on_progress=on_progress,
+    )
+    return page if kept is None else with_effects(page, kept), measured
+
+
+def page_of_crosscoder(
+    crosscoder: Crosscoder,
+    harvest: Harvest,
+    *,
+    metrics: Mapping[str, Any],
+    documents: Sequence[Document] = (),
+    n_features: int = 60,
+    on_progress: Callable[[int], None] = lambda rows_done: None,
+) -> tuple[PageData, FeatureMeasurements]:
+    """The same of a crosscoder, with where each feature lives. Tokens are those that its last Site speaks for.
+
+    Args:
+        harvest: of the crosscoder's Sites.
+        metrics: under the names that `CrosscoderEvaluation.metrics` uses, those of each Site under `by_site`.
+    """
+    of_whole = {name: value for name, value in metrics.items() if name != "by_site"}
+    page, measured = _page(
+        crosscoder.sae,
+        harvest,
+        encode=crosscoder.encode,
+        w_dec=crosscoder.decoder()[crosscoder.sites[-1]],
+        metrics=of_whole,
+        documents=documents,
+        n_features=n_features,
+        on_progress=on_progress,
+    )
+    homes = Homes(
+        sites=tuple(map(str, crosscoder.sites)),
+        shares=crosscoder.shares().detach().cpu(),
+        metrics=metrics.get("by_site", {}),
+    )
+    return replace(page, title="Crosscoder", homes=homes), measured
+
+
+def _page(
+    sae: SAE,
+    harvest: Harvest,
+    *,
+    encode: Encode,
+    w_dec: Float[Tensor, "n_features d_site"],
+    metrics: Mapping[str, float | int],
+    documents: Sequence[Document],
+    n_features: int,
+    on_progress: Callable[[int], None],
+) -> tuple[PageData, FeatureMeasurements]:
+    rows = harvest.rows
     labels = label_tokens(rows, documents) if documents else None
-    reader = _Reader(sae, harvest, labels, on_progress)
+    reader = _Reader(encode, sae.b_dec.device, harvest, labels, on_progress)
     measured = measure_features(reader.read(torch.arange(len(rows))))
     best = measured.concepts.scores().best() if measured.concepts is not None else None
     concept, score = best if best is not None else (None, None)
     features = interesting_features(measured.statistics, count=n_features, concept=concept, score=score)
-    unembed = unembedding(harvest.target, sae.d_model)
-    effects = None if unembed is None else logit_effects(sae.W_dec[features].cpu(), unembed)
+    unembed = unembedding(harvest.target, w_dec.shape[1])
     page = build_page_data(
         measured,
         features,
@@ -80,13 +142,13 @@ def page_of_sae(
         encode_rows=reader.read,
         token_text=partial(token_texts, harvest.target.tokenizer),
         model=harvest.target.name,
-        site=str(site),
+        site=", ".join(map(str, harvest.sites)),
         rule=repr(sae.rule) if not hasattr(sae.rule, "theta") else "Threshold",
         metrics={name: float(value) for name, value in metrics.items()},
         concepts=labels.concepts if labels is not None else (),
-        effects=effects,
+        effects=None if unembed is None else logit_effects(w_dec[features].cpu(), unembed),
     )
-    return page if kept is None else with_effects(page, kept), measured
+    return page, measured
 
 
 def with_effects(page: PageData, kept: KeptEffects) -> PageData:

@@ -1,8 +1,8 @@
-"""The curves of an SAE: density histogram, density-rank (Zipf) plot, L0 histogram.
+"""The curves of an SAE: density histogram, density-rank (Zipf) plot, L0 histogram; where features of a crosscoder live.
 
 Each comes twice from the same numbers: as a plotly figure for notebooks (`density_histogram`, `zipf_plot`,
-`l0_histogram`) and as a piece of SVG for the static page (`svg_...`), where plotly.js would weigh more
-than everything else together. Colours of the SVG are left to the page's style sheet, by class.
+`l0_histogram`, `share_histogram`) and as a piece of SVG for the static page (`svg_...`), where plotly.js would
+weigh more than everything else together. Colours of the SVG are left to the page's style sheet, by class.
 """
 
 import math
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 BINS_PER_DECADE = 10
+BINS_OF_SHARE = 20
 _MOST_BARS = 60
 _MOST_POINTS = 160
 
@@ -79,6 +80,13 @@ def l0_bars(l0_counts: Int[Tensor, " sizes"]) -> Bars:
     return Bars(tuple(edges), tuple(counts.tolist()))
 
 
+def share_bars(share: Float[Tensor, " n_features"]) -> Bars:
+    """How many features write each share of themselves at a Site."""
+    bins = (share.double() * BINS_OF_SHARE).long().clamp(0, BINS_OF_SHARE - 1)
+    counts = torch.bincount(bins, minlength=BINS_OF_SHARE)
+    return Bars(tuple(place / BINS_OF_SHARE for place in range(BINS_OF_SHARE + 1)), tuple(counts.tolist()))
+
+
 def density_histogram(density: Float[Tensor, " n_features"]) -> "Figure":
     """Features by log10 density, as a plotly figure."""
     bars = density_bars(density)
@@ -90,6 +98,11 @@ def density_histogram(density: Float[Tensor, " n_features"]) -> "Figure":
 def l0_histogram(l0_counts: Int[Tensor, " sizes"]) -> "Figure":
     """Tokens by their number of active features (`FeatureStatistics.l0_counts`), as a plotly figure."""
     return _bar_figure(l0_bars(l0_counts), title="Active features per token", x="L0", y="tokens")
+
+
+def share_histogram(share: Float[Tensor, " n_features"], site: str) -> "Figure":
+    """Features by how much of themselves they write at a Site (a column of `Crosscoder.shares`), as a plotly figure."""
+    return _bar_figure(share_bars(share), title="Where features live", x=f"share at {site}", y="features")
 
 
 def zipf_plot(density: Float[Tensor, " n_features"], fit: ZipfFit | None = None) -> "Figure":
@@ -176,6 +189,24 @@ def svg_l0_histogram(l0_counts: Int[Tensor, " sizes"]) -> str:
     ticks = [(t, f"{t:,.0f}") for t in _nice_ticks(bars.edges[0], bars.edges[-1], 8) if t == round(t)]
     return frame.svg(
         body, x_ticks=ticks, y_ticks=_count_ticks(frame.top), x_title="active features per token", y_title="tokens"
+    )
+
+
+def svg_share_histogram(share: Float[Tensor, " n_features"], site: str) -> str:
+    """Features by how much of themselves they write at a Site, as SVG."""
+    bars = share_bars(share)
+    frame = _Frame(0.0, 1.04, 0.0, max(*bars.counts, 1) * 1.05)  # room for the last tick's words
+    hovers = [
+        f"{100 * low:.0f} to {100 * high:.0f} %: {n:,} features"
+        for (low, high), n in zip(_intervals(bars), bars.counts, strict=True)
+    ]
+    ticks = [(tick, f"{100 * tick:.0f} %") for tick in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    return frame.svg(
+        _svg_bars(frame, bars, hovers),
+        x_ticks=ticks,
+        y_ticks=_count_ticks(frame.top),
+        x_title=f"share at {site}",
+        y_title="features",
     )
 
 

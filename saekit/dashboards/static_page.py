@@ -1,4 +1,4 @@
-"""One self-contained HTML file about an SAE: its metrics, its curves, and a page for each featured feature.
+"""One self-contained HTML file about an SAE or a crosscoder: its metrics, its curves, a page for each featured feature.
 
 The file asks no server for anything and works from a disk. What it shows travels as JSON inside it, and
 its script only ever sets text as text: a token may hold `</script>`, quotes, control characters or half
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
-from saekit.dashboards.page_data import FeaturePage, PageData, ShownExample
-from saekit.dashboards.plots import svg_density_histogram, svg_l0_histogram, svg_zipf_plot
+from saekit.dashboards.page_data import FeaturePage, Homes, PageData, ShownExample
+from saekit.dashboards.plots import svg_density_histogram, svg_l0_histogram, svg_share_histogram, svg_zipf_plot
 from saekit.errors import FileError
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -55,6 +57,12 @@ METRICS: dict[str, Metric] = {
         _SHARE,
         "under-used",
         "share of the features that fire less than half as often as the Zipf line expects of their rank",
+        percent=True,
+    ),
+    "own_fraction": Metric(
+        _SHARE,
+        "own",
+        "share of the features that write nearly only here: over nine tenths of their squared decoder norm",
         percent=True,
     ),
     "ce_clean": Metric(_LOSS, "cross-entropy", "the model's own loss in nats per token, nothing changed"),
@@ -147,11 +155,14 @@ def render_page(page: PageData) -> str:
         page=page,
         lowest_f1=LOWEST_F1,
         metrics=_metric_columns(page.metrics),
+        by_site=[] if page.homes is None else _site_table(page.homes),
+        sites=() if page.homes is None else page.homes.sites,
         captions=_captions(page),
         plots={
             "density": Markup(svg_density_histogram(page.density)),
             "zipf": Markup(svg_zipf_plot(page.density, page.zipf)),
             "l0": Markup(svg_l0_histogram(page.l0_counts)),
+            "homes": [] if page.homes is None else list(map(Markup, _home_plots(page.homes, page.density > 0))),
         },
         css=Markup((PAGE_FOLDER / "page.css").read_text(encoding="utf-8")),
         js=Markup((PAGE_FOLDER / "page.js").read_text(encoding="utf-8")),
@@ -174,18 +185,20 @@ def _as_json(page: PageData) -> dict[str, Any]:
         "snippet": SNIPPET,
         "lowest_f1": LOWEST_F1,
         "special": page.special,
+        "sites": [] if page.homes is None else list(page.homes.sites),
         "tokens": {str(token): text for token, text in page.token_text.items()},
-        "features": [_feature_as_json(feature) for feature in page.features],
+        "features": [_feature_as_json(feature, page.homes) for feature in page.features],
     }
 
 
-def _feature_as_json(feature: FeaturePage) -> dict[str, Any]:
+def _feature_as_json(feature: FeaturePage, homes: Homes | None) -> dict[str, Any]:
     plain = {name: _rounded(value) for name, value in asdict(feature).items() if name != "groups"}
     groups = [
         {"title": group.title, "examples": [_example_as_json(example) for example in group.examples]}
         for group in feature.groups
     ]
-    return {**plain, "groups": groups}
+    shares = [] if homes is None else _rounded(homes.shares[feature.feature].tolist())
+    return {**plain, "groups": groups, "shares": shares}
 
 
 def _example_as_json(example: ShownExample) -> dict[str, Any]:
@@ -232,11 +245,32 @@ def _metric_columns(metrics: Mapping[str, float]) -> list[list[tuple[str, list[_
         note = ""
         if key == "l0" and all(name in metrics for name in _SPREAD):
             note = "p5 {}, p95 {}".format(*(_number(metrics[name]) for name in _SPREAD))
-        value = _number(100 * metrics[key], 3) + " %" if metric.percent else _number(metrics[key])
-        groups.setdefault(metric.group, []).append(_Line(key, metric.label, metric.tip, value, note))
+        line = _Line(key, metric.label, metric.tip, _shown(metric, metrics[key]), note)
+        groups.setdefault(metric.group, []).append(line)
     right = {name: lines for name, lines in groups.items() if name == _LOSS}
     left = {name: lines for name, lines in groups.items() if name not in right}
     return [list(column.items()) for column in (left, right) if column]
+
+
+def _shown(metric: Metric, value: float) -> str:
+    return _number(100 * value, 3) + " %" if metric.percent else _number(value)
+
+
+def _site_table(homes: Homes) -> list[tuple[str, Metric, list[str]]]:
+    """A line for each metric that any Site has: its key, what it is, and its value at each."""
+    columns = [homes.metrics.get(site, {}) for site in homes.sites]
+    return [
+        (key, metric, [_shown(metric, column[key]) if key in column else "–" for column in columns])
+        for key, metric in METRICS.items()
+        if any(key in column for column in columns)
+    ]
+
+
+def _home_plots(homes: Homes, fired: Bool[Tensor, " n_features"]) -> list[str]:
+    """One for each Site; of two the last one's, since the other's is its mirror image."""
+    first = 1 if len(homes.sites) == 2 else 0
+    places = range(first, len(homes.sites))
+    return [svg_share_histogram(homes.shares[fired, place], homes.sites[place]) for place in places]
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -74,6 +74,7 @@ const sorts = {
   dense: (a, b) => b.density - a.density,
   rare: (a, b) => a.density - b.density,
   max: (a, b) => b.max - a.max,
+  ...Object.fromEntries(data.sites.map((_, at) => [`share-${at}`, (a, b) => b.shares[at] - a.shares[at]])),
   effect: (a, b) => (b.effect?.attributed ?? -Infinity) - (a.effect?.attributed ?? -Infinity),
 };
 
@@ -177,6 +178,7 @@ function featurePage(feature) {
   const right = el("div", { class: "stack" });
   // two columns of about one height, with or without logits
   (feature.promoted.length ? left : right).append(conceptCard(feature));
+  if (feature.shares.length) right.append(homeCard(feature));
   if (feature.promoted.length) right.append(logitCard(feature));
   if (feature.effect) right.append(effectCard(feature.effect));
   return [head, summary(feature), el("div", { class: "panels" }, left, right), exampleCard(feature)];
@@ -262,11 +264,20 @@ function conceptCard(feature) {
   return card;
 }
 
+function homeCard(feature) {
+  const grid = el("div", { class: "homes" });
+  feature.shares.forEach((share, at) => grid.append(el("span", { class: "name" }, data.sites[at]),
+    el("span", { class: "meter" }, el("i", { style: `width:${share * 100}%` }), el("b", {}, percent(share)))));
+  return el("section", { class: "card home-card" },
+    el("h2", { tabindex: "0", "data-tip": "share of its squared decoder norm that the feature writes at each Site, in units of what is usual there" }, "Where it lives"), grid);
+}
+
 function logitCard(feature) {
+  const from = data.sites.length ? `, by what it writes at ${data.sites.at(-1)}` : "";
   const column = (title, kind, pairs) => el("div", { class: kind }, el("h3", {}, title), el("ol", {},
     ...pairs.map(([id, value]) => el("li", {}, chip(id), el("span", { class: "value" }, (value > 0 ? "+" : "") + value.toFixed(2))))));
   return el("section", { class: "card logit-card" },
-    el("h2", { tabindex: "0", "data-tip": "what one unit of activation adds to a token's logit if the layers above pass it on unchanged" }, "Tokens it speaks for and against"),
+    el("h2", { tabindex: "0", "data-tip": "what one unit of activation adds to a token's logit if the layers above pass it on unchanged" + from }, "Tokens it speaks for and against"),
     el("div", { class: "logits" }, column("promoted", "up", feature.promoted), column("suppressed", "down", feature.suppressed)));
 }
 
