@@ -185,6 +185,23 @@ def test_a_source_says_how_wide_its_sites_are_without_being_asked_at_every_batch
     assert counts[0] == counts[1]
 
 
+def test_what_set_the_scales_is_trained_on_and_made_once(small_samples):
+    class Counted(Shared):
+        made = 0
+
+        def stream(self, batch_tokens: int, *, seed: int) -> Iterator[dict[Site, ActivationBatch]]:
+            for batches in super().stream(batch_tokens, seed=seed):
+                Counted.made += 1
+                yield batches
+
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=20 * 256, batch_tokens=256)
+    found = train_crosscoder(config, Counted(), [EARLY, LATE])
+    assert Counted.made == 20
+    (again,) = loop.train([config], training.Joined(Shared(), EARLY, found.scales))
+    per_dimension = torch.cat([torch.full((width,), found.scales[site]) for site, width in WIDTHS.items()])
+    torch.testing.assert_close(found.sae.encoder, again.rescaled(1.0).encoder * per_dimension)
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=8 * 256, batch_tokens=256)
     whole = train_crosscoder(config, Cached(), [EARLY, LATE])

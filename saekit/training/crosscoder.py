@@ -1,8 +1,7 @@
 """Training a crosscoder: several Sites of one source become one, and the SAE that comes of it is taken apart again."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
-from saekit.training.loop import SAMPLE_TOKENS, resumable, train
+from saekit.training.loop import SAMPLE_TOKENS, Ahead, resumable, train
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,14 @@ class Joined:
 
     Attributes:
         scales: what each Site's vectors are multiplied by, so that none is heard above the others.
+        begun: streams of the source that were looked into and are to be read on from their start, by batch size and
+            seed; a buffer of activations is too dear to be filled twice.
     """
 
     source: ActivationSource
     site: Site
     scales: Mapping[Site, float]
+    begun: dict[tuple[int, int], Ahead] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[Site, int]:
@@ -42,9 +44,10 @@ class Joined:
         return dict(resumable(self.source).facts()) | {f"scale of {site}": scale for site, scale in self.scales.items()}
 
     def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Iterator[dict[Site, ActivationBatch]]:
+        begun = self.begun.pop((batch_tokens, seed), None) if start == START else None
         if isinstance(self.source, ResumableSource):
-            return _PlacedJoined(self, self.source.stream(batch_tokens, seed=seed, start=start))
-        return map(self.join, self.source.stream(batch_tokens, seed=seed))
+            return _PlacedJoined(self, begun or self.source.stream(batch_tokens, seed=seed, start=start))
+        return map(self.join, begun or self.source.stream(batch_tokens, seed=seed))
 
     def join(self, batches: Mapping[Site, ActivationBatch]) -> dict[Site, ActivationBatch]:
         """One batch of the Sites as one of the whole."""
@@ -59,10 +62,10 @@ class _PlacedJoined:
     """A joined stream that is where the stream of its source is."""
 
     joined: Joined
-    stream: PlacedStream
+    stream: PlacedStream | Ahead
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Place | None:
         return self.stream.place
 
     def __iter__(self) -> Iterator[dict[Site, ActivationBatch]]:
@@ -111,15 +114,15 @@ def train_crosscoder(
             f"cannot start from {start}; give the whole Crosscoder of {', '.join(map(str, widths))}, in that order, "
             "or leave start away"
         )
-    scales = _scales(source, sites, config)
+    ahead = Ahead(source.stream(config.batch_tokens, seed=config.seed))
+    scales = _scales(ahead.look(max(1, SAMPLE_TOKENS // config.batch_tokens)), sites)
     starts = None if start is None else [_for_scaled(start.sae, widths, scales)]
-    (sae,) = train([config], Joined(source, config.site, scales), start=starts, **options)
+    joined = Joined(source, config.site, scales, begun={(config.batch_tokens, config.seed): ahead})
+    (sae,) = train([config], joined, start=starts, **options)
     return Crosscoder(_for_scaled(sae, widths, {site: 1 / scale for site, scale in scales.items()}), widths, scales)
 
 
-def _scales(source: ActivationSource, sites: Sequence[Site], config: TrainConfig) -> dict[Site, float]:
-    stream = source.stream(config.batch_tokens, seed=config.seed)
-    head = list(islice(stream, max(1, SAMPLE_TOKENS // config.batch_tokens)))
+def _scales(head: Sequence[Mapping[Site, ActivationBatch]], sites: Sequence[Site]) -> dict[Site, float]:
     vectors = {site: torch.cat([batches[site].vectors for batches in head]) for site in sites}
     return {site: float(1 / v.var(0, correction=0).mean().sqrt().clamp(min=1e-12)) for site, v in vectors.items()}
 

@@ -87,10 +87,15 @@ def train(
         return [_finish(state, ahead) for state in states]
 
 
-class Ahead:
-    """A stream whose next batches can be looked at before they are taken."""
+class Ahead(Iterator[Batches]):
+    """A stream whose next batches can be looked at before they are taken.
+
+    Attributes:
+        place: behind the last batch that was taken, where the stream knows it.
+    """
 
     def __init__(self, stream: Iterator[Batches]):
+        self.place = stream.place if isinstance(stream, PlacedStream) else None
         self._stream = stream
         self._waiting: deque[Drawn] = deque()
 
@@ -104,7 +109,11 @@ class Ahead:
     def take(self) -> Drawn:
         """The next batch, which goes, and the place behind it."""
         self.look(1)
-        return self._waiting.popleft()
+        batches, self.place = self._waiting.popleft()
+        return batches, self.place
+
+    def __next__(self) -> Batches:
+        return self.take()[0]
 
 
 def _begin(
