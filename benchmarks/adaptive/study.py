@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptive.arms import ARMS
+from benchmarks.gate import note, tests_pass
 from saekit.adaptive.kinds import KINDS, train_kind
 from saekit.adaptive.picture import write_pictures
 from saekit.adaptive.questions.answers import Answers
@@ -24,6 +25,8 @@ from saekit.adaptive.saved import load_adaptive
 from saekit.adaptive.stages import STATE_FILE, train_stages
 
 SHOWN = 4
+# what the numbers rest on; nothing is trained while one of these is red
+TESTS = ("adaptive_*", "training", "losses", "selection")
 
 
 def trained(kind: str, seed: int, out: Path, *, rows: int) -> Mapping[str, Any]:
@@ -121,10 +124,6 @@ def study(
     return results
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("adaptive-study"))
@@ -135,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="*", choices=names, help="some of what they are held against; none: no names")
     parser.add_argument("--questions", action=argparse.BooleanOptionalAction, default=True, help="of their features")
     options = parser.parse_args(argv)
+    if not tests_pass(TESTS):
+        sys.exit(1)
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = {"rows": options.rows, "arms": options.arms, "questions": options.questions}
     print(study(options.kinds, options.seeds, options.out, **chosen).read_text())

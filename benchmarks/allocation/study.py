@@ -8,8 +8,6 @@ stopped at any time and started again.
 
 import argparse
 import multiprocessing
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +17,11 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.allocation import datasets, measure, plots, results, runs, tables
+from benchmarks.gate import REPOSITORY, note, tests_pass
 from saekit.errors import SaekitError
 from saekit.training.stop import StopRequested, StopSignals
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 PEER_PYTHON = REPOSITORY / ".venv-interop" / "bin" / "python"
 # what the numbers rest on; the study refuses to run while one of these is red
@@ -43,8 +41,7 @@ def main() -> int:
         if options.list:
             print("\n".join(map(str, pending)))
             return 0
-        if pending and not tests_pass():
-            note("the tests are red, so no number would mean anything; make them pass first")
+        if pending and not tests_pass(TESTS):
             return 1
         with StopSignals(), tempfile.TemporaryDirectory(prefix="activations-") as folder:
             failed = sum(
@@ -158,22 +155,6 @@ def keep_only(recordings: Path, beginning: str) -> None:
     for path in recordings.iterdir():
         if not path.name.startswith(beginning):
             path.unlink()
-
-
-def tests_pass() -> bool:
-    note("running the tests that the numbers rest on")
-    files = [str(REPOSITORY / "tests" / f"test_{name}.py") for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not network and not interop", *files]
-    at_once = ["-n", "auto", "--dist", "loadfile"]  # as `make test` does, a thread each
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *at_once], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        note(done.stdout[-4000:] + done.stderr[-1000:])
-    return done.returncode == 0
-
-
-def note(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

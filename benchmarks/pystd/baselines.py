@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saekit
+from benchmarks.gate import note, tests_pass
 from benchmarks.pystd import trigram
 from saekit.activations.text import Document, split_documents, stdlib_documents
 from saekit.activations.tokens import TokenRows, tokenize_documents
@@ -144,10 +145,6 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def note(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
@@ -155,6 +152,8 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
+    if not tests_pass(("pystd_baselines", "text", "tokens")):
+        sys.exit(1)
     report = measure(options.model)
     print(json.dumps(report, indent=2) if options.json else table(report))
 

@@ -19,11 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.gate import REPOSITORY, note, tests_pass
 from benchmarks.speed import peers
 from benchmarks.speed.case import Size
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 CPU = ("2048x512x8192x32", "4096x768x24576x32", "2048x256x65536x32")
 GPU = ("8192x4096x131072x64", "32768x768x32768x32", "8192x2304x65536x64")
 # how the cost grows with the dictionary
@@ -41,8 +40,7 @@ COLUMNS = (
 
 def main() -> int:
     options = parse()
-    if not options.untested and not tests_pass():
-        note("the tests are red, so no number would mean anything; make them pass first")
+    if not options.untested and not tests_pass(TESTS):
         return 1
     asked = QUICK if options.quick else GPU if options.gpu else GROWTH if options.growth else CPU
     sizes = options.sizes or asked
@@ -70,12 +68,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--untested", action="store_true", help="skip the tests, for looks that are not kept")
     parser.add_argument("--out", type=Path, help="a CSV to write")
     return parser.parse_args()
-
-
-def tests_pass() -> bool:
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    note(f"first the tests: {' '.join(files)}")
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], cwd=REPOSITORY).returncode == 0
 
 
 def compare(size: Size, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -158,10 +150,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
