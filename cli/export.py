@@ -63,8 +63,7 @@ class Export:
             case "delphi":
                 facts = export_delphi(opened, self.out or Path("delphi-cache"), n_tokens=self.tokens)
             case _:
-                out = self.out or Path("features.html")
-                facts = export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens)
+                facts = self._page_of(opened)
         self._write(facts)
         return 0
 
@@ -77,9 +76,12 @@ class Export:
         if self.to != "page":
             raise SaekitError(f"{self.sae} is a crosscoder, and {self.to} takes SAEs of one Site; leave --to out")
         opened = open_crosscoder(self.sae, model=self.model, text=self.text, rows=None, device=self.device)
-        out = self.out or Path("features.html")
-        self._write(export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens))
+        self._write(self._page_of(opened))
         return 0
+
+    def _page_of(self, opened: "OpenedSAE | OpenedCrosscoder") -> dict[str, Any]:
+        out = self.out or Path("features.html")
+        return export_page(opened, self.sae, out, n_features=self.features, n_tokens=self.tokens)
 
     def _write(self, facts: dict[str, Any]) -> None:
         write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))

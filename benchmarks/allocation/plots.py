@@ -6,6 +6,8 @@ from pathlib import Path
 from plotly import graph_objects
 from plotly.subplots import make_subplots
 
+from benchmarks.allocation.results import panel_of
+
 # file name: (column, what it is, logarithmic)
 SHOWN = {
     "fvu": ("inference_fvu", "fraction of variance unexplained", True),
@@ -33,12 +35,12 @@ def write_all(rows: Sequence[Mapping[str, str]], folder: Path) -> list[Path]:
 
 def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, logarithmic: bool) -> graph_objects.Figure:
     """One panel per data set, width, k and length of training; a line per rule. Rings are other learning rates."""
-    panels = sorted(set(map(_panel, rows)))
+    panels = sorted(set(map(panel_of, rows)))
     rules = list(dict.fromkeys(row["rule"] for row in rows))
     titles = [f"{dataset}, {expansion}x, k={k}, {tokens:,} tokens" for dataset, expansion, k, tokens in panels]
     figure = make_subplots(rows=len(panels), cols=1, subplot_titles=titles, vertical_spacing=0.18 / len(panels))
     for place, panel in enumerate(panels, start=1):
-        here = [row for row in rows if _panel(row) == panel]
+        here = [row for row in rows if panel_of(row) == panel]
         scatter = graph_objects.Scatter(
             x=[float(row[column]) for row in here],
             y=[row["rule"] for row in here],
@@ -56,7 +58,3 @@ def figure_of(rows: Sequence[Mapping[str, str]], column: str, label: str, *, log
         figure.update_xaxes(type="log" if logarithmic else "linear", row=place, col=1)
     height = 100 + len(panels) * (80 + 24 * len(rules))
     return figure.update_layout(height=height, title=label, template="plotly_white")
-
-
-def _panel(row: Mapping[str, str]) -> tuple[str, int, int, int]:
-    return row["dataset"], int(row["expansion"]), int(row["k"]), int(row["tokens"])

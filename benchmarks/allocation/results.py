@@ -10,6 +10,8 @@ from pathlib import Path
 from benchmarks.allocation.runs import Run
 from saekit.errors import FileError
 
+Panel = tuple[str, int, int, int]
+"""Data set, width, k and length of training."""
 KEY = (*(field.name for field in fields(Run)), "fingerprint")
 _MODE = (
     "tokens", "predicted", "fvu", "explained_variance", "l0", "l0_p5", "l0_p95", "dead_fraction", "underused_fraction",
@@ -27,6 +29,11 @@ COLUMNS = (
     "train_cpu_s_per_mtok", "source_cpu_s_per_mtok", "start_mb", "peak_mb",
     "saekit", "commit", "torch", "python", "machine", "threads", "finished",
 )  # fmt: skip
+
+
+def panel_of(row: Mapping[str, str]) -> Panel:
+    """What rows share that are compared in one table or plot."""
+    return row["dataset"], int(row["expansion"]), int(row["k"]), int(row["tokens"])
 
 
 def key_of(run: Run, fingerprint: str) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.allocation.results import Panel, panel_of
+
 Rows = Sequence[Mapping[str, str]]
-Panel = tuple[str, str, str, str]
 
 # column of the results: (head of the table, factor, decimals)
 SHOWN = {
@@ -45,10 +46,10 @@ def overview(rows: Rows) -> str:
     cells: dict[tuple[str, Panel], list[float]] = {}
     for row in rows:
         if float(row["lr_scale"]) == 1:
-            cells.setdefault((row["rule"], _panel(row)), []).append(float(row["inference_fvu"]))
+            cells.setdefault((row["rule"], panel_of(row)), []).append(float(row["inference_fvu"]))
     panels = [panel for rule, panel in cells if rule == "topk"]
     several = len({tokens for *_, tokens in panels}) > 1
-    heads = [f"{data} {wide}x k={k}" + f" {int(tokens):,} tokens" * several for data, wide, k, tokens in panels]
+    heads = [f"{data} {wide}x k={k}" + f" {tokens:,} tokens" * several for data, wide, k, tokens in panels]
     lines = [
         "## FVU as a multiple of TopK's, means of seeds (`*`: one seed)",
         "",
@@ -63,8 +64,8 @@ def overview(rows: Rows) -> str:
 
 def rates(rows: Rows) -> Iterator[str]:
     """For each panel with several learning rates a table of them."""
-    for panel in dict.fromkeys(_panel(row) for row in rows if float(row["lr_scale"]) != 1):
-        here = [row for row in rows if _panel(row) == panel]
+    for panel in dict.fromkeys(panel_of(row) for row in rows if float(row["lr_scale"]) != 1):
+        here = [row for row in rows if panel_of(row) == panel]
         scales = sorted({row["lr_scale"] for row in here}, key=float)
         yield "\n".join(
             [
@@ -100,11 +101,6 @@ def _line_of_rates(rows: Rows, rule: str, scales: Sequence[str]) -> str | None:
     return f"| {rule} | {len(seeds)} | " + " | ".join(cells) + " |"
 
 
-def _panel(row: Mapping[str, str]) -> Panel:
-    """What rows share that are compared: data set, width, k and length of training."""
-    return row["dataset"], row["expansion"], row["k"], row["tokens"]
-
-
 def _as_multiple(values: Sequence[float] | None, base: Sequence[float]) -> str:
     if not values:
         return ""
@@ -114,8 +110,8 @@ def _as_multiple(values: Sequence[float] | None, base: Sequence[float]) -> str:
 
 def tables(rows: Rows) -> Iterator[str]:
     """A heading and a table for each panel, in the order of the results."""
-    for panel in dict.fromkeys(map(_panel, rows)):
-        here = [row for row in rows if _panel(row) == panel]
+    for panel in dict.fromkeys(map(panel_of, rows)):
+        here = [row for row in rows if panel_of(row) == panel]
         yield f"## {_heading(here[0])}\n\n{table(here)}"
 
 
