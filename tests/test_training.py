@@ -397,6 +397,9 @@ def test_sizes_that_nobody_set_follow_from_the_others():
     derived = config(learning_rate=None, tokens=1_000_000)
     wide, wider = (config(n_features=n, learning_rate=None).peak_lr for n in (2**14, 2**16))
     assert wider == pytest.approx(wide / 2)  # falls with the square root of the width
+    small, usual, large = (config(n_features=2**14, batch_tokens=n, learning_rate=None) for n in (64, 1024, 4096))
+    assert large.peak_lr == 2 * small.peak_lr == 2 * usual.peak_lr  # grows with that of a large batch
+    assert replace(large, rule=FeatureChoice(32)).peak_lr == usual.peak_lr
     assert config(learning_rate=0.02).peak_lr == 0.02
     assert derived.dead_threshold == 50_000
     assert config(1).dead_threshold == BATCH

@@ -61,7 +61,7 @@ def main() -> None:
     given = arguments.parse_args()
     sae = trained(
         given.sae, given.model, given.text, "--site", "layers.2", "--features", "1024", "--k", "16",
-        "--tokens", "1640000", "--batch-tokens", "2048", "--row-bos", "no",
+        "--tokens", "1640000", "--batch-tokens", "2048", "--row-bos", "no", "--learning-rate", "0.006",
         "--held-out-rows", str(HELD_OUT_ROWS),
     )  # fmt: skip
     target = saekit.Target.load(given.model)
