@@ -184,7 +184,7 @@ class TrainConfig:
         features hardly ever die at this rate and do above, and whose batches are large for another reason.
 
         Tuned on two models (1,024 and 4,096 features on 64 dimensions, 4,096 on 256) in runs of 1 to 4 M tokens: at
-        twice this, one has a fifth of its features dead and gains nothing; the other reconstructs better.
+        twice this, one has a fifth to a third of its features dead and gains nothing; the other reconstructs better.
         """
         if self.learning_rate is not None:
             return self.learning_rate
