@@ -72,7 +72,7 @@ class Train:
     batch_tokens: int = 1024
     """Tokens per step."""
     learning_rate: float | None = None
-    """Peak learning rate; derived from the width if not given."""
+    """Peak learning rate; derived from the width and from --batch-tokens if not given."""
     auxiliary: Literal["zipf", "k", "none"] = "zipf"
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
     auxiliary_claim: Literal["token", "feature"] = "token"
