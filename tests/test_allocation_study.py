@@ -268,6 +268,21 @@ def test_a_peer_trains_on_the_same_vectors_and_is_measured_alike(tmp_path):
     assert row["train_cpu_s_per_mtok"] > 0
 
 
+@pytest.mark.interop
+@pytest.mark.usefixtures("_small")
+def test_a_peer_trains_at_the_rate_that_its_row_names(tmp_path):
+    dataset = datasets.open_dataset("synthetic", shared=tmp_path)
+    run = replace(RUN, dataset="synthetic", rule=runs.BY_PEER[0], tokens=50_000)
+    still = replace(measure.config_of(run, dataset), learning_rate=1e-12)
+    moving = measure.config_of(run, dataset)
+    first, second = (
+        train_by_peer(run, config, dataset.source, python=study.PEER_PYTHON).sae for config in (still, moving)
+    )
+    # trained at no rate to speak of, the encoder is the decoder's copy that the peer starts from
+    assert torch.allclose(first.encoder, first.decoder, atol=1e-4)
+    assert not torch.allclose(second.encoder, second.decoder, atol=1e-2)
+
+
 # the study
 
 

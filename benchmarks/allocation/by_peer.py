@@ -50,7 +50,8 @@ def train_by_peer(run: Run, config: TrainConfig, source: ActivationSource, *, py
             "features": config.n_features,
             "k": run.k,
             "batch-tokens": config.batch_tokens,
-            "lr-scale": run.lr_scale,
+            "learning-rate": config.peak_lr,
+            "dead-after": config.dead_threshold,
             "seed": run.seed,
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -1,10 +1,12 @@
 """BatchTopK as dictionary_learning trains it, on vectors in a file; run by the Python of its own environment.
 
-    PEER_PYTHON benchmarks/allocation/peer.py VECTORS.npy OUT --features F --k K --batch-tokens N --lr-scale S --seed I
+    PEER_PYTHON benchmarks/allocation/peer.py VECTORS.npy OUT --features F --k K --batch-tokens N --seed I \
+        --learning-rate R --dead-after T
 
 Writes a folder as that library does. The vectors are read once, in order. What its own training script does around the
-trainer is done here too: inputs of unit mean squared norm, biases scaled back at the end. Its learning rate is its own;
-warm-up, decay and the start of the threshold are the shares of the run that saekit has.
+trainer is done here too: inputs of unit mean squared norm, biases scaled back at the end. The learning rate, the tokens
+after which a silent feature counts as dead, and the shares of the run that warm-up, decay and the threshold take are
+what all rules have: what the library itself proposes is meant for runs of hundreds of millions of tokens.
 """
 # the peers live in an environment of their own
 # pyright: reportMissingImports=false
@@ -27,6 +29,7 @@ def main() -> None:
         activation_dim=vectors.shape[1],
         dict_size=options.features,
         k=options.k,
+        lr=options.learning_rate,
         layer=0,
         lm_name=options.model,
         submodule_name="resid_post",
@@ -36,9 +39,7 @@ def main() -> None:
         seed=options.seed,
         device="cpu",
     )
-    for group in trainer.optimizer.param_groups:
-        group["lr"] *= options.lr_scale
-    trainer.scheduler.base_lrs = [rate * options.lr_scale for rate in trainer.scheduler.base_lrs]
+    trainer.dead_feature_threshold = options.dead_after
     scale = float(vectors[: options.sample].square().sum(1).mean().sqrt())
     for step in range(steps):
         trainer.update(step, vectors[step * options.batch_tokens : (step + 1) * options.batch_tokens] / scale)
@@ -55,9 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="")
     parser.add_argument("--sample", type=int, default=32_768, help="vectors that the scale is read off")
-    for name in ("features", "k", "batch-tokens", "seed"):
+    for name in ("features", "k", "batch-tokens", "dead-after", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--lr-scale", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, required=True)
     return parser.parse_args()
 
 

@@ -98,7 +98,7 @@ RULES: dict[str, Callable[[Setting], TrainConfig]] = {
     "jumprelu": lambda s: s.config(OPEN, objective=JumpReLU(s.k)),
     "gated": lambda s: s.config(OPEN, objective=Gated(s.k)),
     "relu_l1": lambda s: s.config(OPEN, objective=ReLUL1(s.k)),
-    # the same rule as mutual+aux_k, by another library's own trainer, schedule and learning rate
+    # the same rule as mutual+aux_k, by another library's own trainer
     "dictionary_learning_batchtopk": lambda s: s.config(MutualChoice(s.k), auxiliary=AuxK()),
 }
 BY_PEER = ("dictionary_learning_batchtopk",)
