@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import SHOWN, metric_rows, with_bar
-from .output import columns
+from .output import columns, write_facts
 from .recipe import described, train_configs
 from .speed import speed_line, with_progress
+from .training_data import harvest_of, read_corpus, recorded
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
@@ -26,6 +27,30 @@ if TYPE_CHECKING:
 WHOLE = "crosscoder"
 OWN = "own_fraction"
 ABOUT_CODES = ("l0", "dead_fraction", "underused_fraction")
+
+
+def run_joint(command: "Train", target: "Target", run_file: "RunFile | None") -> int:
+    """`saekit train` with --crosscoder."""
+    from saekit.crosscoder import Crosscoder
+    from saekit.errors import SaekitError
+    from saekit.training.crosscoder import Joined
+
+    from .estimate import estimate
+
+    if len(command.start) > 1:
+        raise SaekitError(f"{len(command.start)} folders to start from, and a crosscoder is one; give its folder alone")
+    start = Crosscoder.load(command.start[0], device=command.device) if command.start else None
+    config, sites = joint_config(command, target, start)
+    corpus = read_corpus(command, target)
+    source = harvest_of(command, target, corpus, sites)
+    if run_file is None:
+        whole = Joined(source, config.site, dict.fromkeys(sites, 1.0))
+        facts = estimate([config], source, command.device, starts=[] if start is None else [start.sae], whole=whole)
+        write_facts(facts, as_json=command.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
+        return 0
+    facts = train_and_evaluate_joint(command, target, corpus, config, source, start=start, run_file=run_file)
+    write_facts(facts, as_json=command.json, text=lambda: joint_text(facts))
+    return 0
 
 
 def joint_config(command: "Train", target: "Target", start: "Crosscoder | None") -> tuple["TrainConfig", list["Site"]]:
@@ -60,13 +85,8 @@ def train_and_evaluate_joint(
     *,
     start: "Crosscoder | None",
     run_file: "RunFile",
-    record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Train a crosscoder of the source's Sites, save it, evaluate it on the held-out rows.
-
-    Args:
-        record: what is kept in its folder of how it was made.
-    """
+    """Train a crosscoder of the source's Sites, save it, evaluate it on the held-out rows."""
     from saekit.checkpoint import check_writable
     from saekit.errors import SaekitError
     from saekit.sae_config import with_metadata
@@ -87,7 +107,7 @@ def train_and_evaluate_joint(
             on_step=on_step,
         ),
     )
-    crosscoder.sae.cfg = with_metadata(crosscoder.sae.cfg, **record)
+    crosscoder.sae.cfg = with_metadata(crosscoder.sae.cfg, **recorded(command, corpus, source))
     crosscoder.save(command.out)
     run_file.path.unlink(missing_ok=True)
     try:

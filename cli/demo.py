@@ -11,7 +11,8 @@ from .export import export_page
 from .output import write_facts
 from .recipe import train_configs
 from .speed import speed_line
-from .train import Train, harvest_of, read_corpus, sites_of, train_and_evaluate
+from .train import Train, train_and_evaluate
+from .training_data import harvest_of, read_corpus, sites_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

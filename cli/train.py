@@ -10,12 +10,13 @@ import tyro
 from .output import columns, read_and_written, write_facts
 from .recipe import described, train_configs
 from .speed import speed_line, train_with_progress
+from .training_data import harvest_of, read_corpus, recorded, sites_of
 
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
     from saekit.sae import SAE
-    from saekit.targets import Site, Target
+    from saekit.targets import Target
     from saekit.training.config import TrainConfig
     from saekit.training.saved_run import RunFile
 
@@ -115,6 +116,7 @@ class Train:
     def run(self) -> int:
         from saekit.targets import Target
 
+        from .crosscoder import run_joint
         from .estimate import estimate
         from .opened import load_of_one_site
 
@@ -135,40 +137,6 @@ class Train:
         return 0
 
 
-def run_joint(command: Train, target: "Target", run_file: "RunFile | None") -> int:
-    """The command with --crosscoder."""
-    from saekit.crosscoder import Crosscoder
-    from saekit.errors import SaekitError
-    from saekit.training.crosscoder import Joined
-
-    from .crosscoder import joint_config, joint_text, train_and_evaluate_joint
-    from .estimate import estimate
-
-    if len(command.start) > 1:
-        raise SaekitError(f"{len(command.start)} folders to start from, and a crosscoder is one; give its folder alone")
-    start = Crosscoder.load(command.start[0], device=command.device) if command.start else None
-    config, sites = joint_config(command, target, start)
-    corpus = read_corpus(command, target)
-    source = harvest_of(command, target, corpus, sites)
-    if run_file is None:
-        whole = Joined(source, config.site, dict.fromkeys(sites, 1.0))
-        facts = estimate([config], source, command.device, starts=[] if start is None else [start.sae], whole=whole)
-        write_facts(facts, as_json=command.json, text=lambda: columns((k, str(v)) for k, v in facts.items()))
-        return 0
-    facts = train_and_evaluate_joint(
-        command,
-        target,
-        corpus,
-        config,
-        source,
-        start=start,
-        run_file=run_file,
-        record=recorded(command, corpus, source),
-    )
-    write_facts(facts, as_json=command.json, text=lambda: joint_text(facts))
-    return 0
-
-
 def run_file_of(command: Train) -> "RunFile":
     """Where the run is saved while it is unfinished, once it is clear that it may begin."""
     from saekit.errors import SaekitError
@@ -181,59 +149,6 @@ def run_file_of(command: Train) -> "RunFile":
     out = command.out if command.out.name not in ("", "..") else command.out.resolve()
     path = check_unfinished(out.with_name(f"{out.name}.unfinished.safetensors"), resume=command.resume)
     return RunFile(path=path, resume=command.resume, every=command.save_every)
-
-
-def read_corpus(command: Train, target: "Target") -> "Corpus":
-    """The text of the command, tokenised for the target."""
-    from saekit.activations.corpus import load_corpus
-    from saekit.errors import SaekitError
-
-    if command.context is not None and command.context < 1:
-        raise SaekitError(f"context={command.context}: give at least 1 token for each row, or leave it out")
-    if command.context and target.context and command.context > target.context:
-        raise SaekitError(
-            f"context={command.context:,}, but {target.name} reads at most {target.context:,} tokens; "
-            "choose a context up to that"
-        )
-    if command.held_out_rows < 1:
-        raise SaekitError(
-            f"held_out_rows={command.held_out_rows}: the SAE is evaluated on text that it was not trained on; "
-            "hold out at least 1 row"
-        )
-    context = command.context or min(target.context or 256, 256)
-    corpus = load_corpus(
-        command.text,
-        target.tokenizer,
-        context=context,
-        held_out_rows=command.held_out_rows,
-        row_bos=command.row_bos == "yes",
-        max_documents=command.max_documents,
-        longest=target.context,
-        vocabulary=target.vocabulary,
-    )
-    if command.context and corpus.train.context != command.context:
-        raise SaekitError(
-            f"context={command.context:,}, but {command.text} has rows of {corpus.train.context:,}; "
-            "leave --context out, or give the ids as one flat array"
-        )
-    return corpus
-
-
-def sites_of(configs: Sequence["TrainConfig"]) -> list["Site"]:
-    """All that are read or reconstructed, each once."""
-    both = ((config.site, config.site_out) for config in configs)
-    return list(dict.fromkeys(site for pair in both for site in pair if site is not None))
-
-
-def harvest_of(command: Train, target: "Target", corpus: "Corpus", sites: Sequence["Site"]) -> "Harvest":
-    """The stream of activations that training reads."""
-    from saekit.activations.harvest import Harvest
-
-    # a buffer longer than the run would be filled for nothing
-    buffer_tokens = max(command.batch_tokens, min(1 << 18, command.tokens))
-    return Harvest(
-        target=target, rows=corpus.train, sites=tuple(sites), buffer_tokens=buffer_tokens, prefetch=command.prefetch
-    )
 
 
 def train_and_evaluate(
@@ -273,23 +188,6 @@ def train_and_evaluate(
     ]
 
 
-def recorded(command: Train, corpus: "Corpus", source: "Harvest") -> dict[str, Any]:
-    """What is kept in the folder of how it was made, beside the recipe."""
-    from saekit.activations.harvest import checksum
-
-    return {
-        "text": command.text,
-        "train_rows": len(corpus.train),
-        "text_checksum": checksum(corpus.train.ids),
-        "row_bos": command.row_bos == "yes",
-        "held_out_rows": command.held_out_rows,
-        **({} if command.max_documents is None else {"max_documents": command.max_documents}),
-        **({"started_from": list(command.start)} if command.start else {}),
-        "mask": source.mask.as_dict(),
-        **versions(),
-    }
-
-
 def evaluate_saved(
     sae: "SAE", target: "Target", corpus: "Corpus", config: "TrainConfig", source: "Harvest", folder: Path
 ) -> dict[str, Any]:
@@ -317,13 +215,6 @@ def folder_of(config: "TrainConfig") -> str:
     """Its Sites' text as the name of a folder."""
     sites = str(config.site) if config.site_out is None else f"{config.site}-{config.site_out}"
     return sites.replace(":", "_").replace("@", "_").replace("*", "every")
-
-
-def versions() -> dict[str, str]:
-    """What made the weights, for the record."""
-    from importlib.metadata import version
-
-    return {f"{package}_version": version(package) for package in ("saekit", "torch", "transformers")}
 
 
 def as_text(facts: Sequence[dict[str, Any]]) -> str:
