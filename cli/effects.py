@@ -31,7 +31,7 @@ class Effects:
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of the SAE."""
+    """Folder of the SAE; what is measured is kept in it."""
     model: Annotated[str | None, tyro.conf.Positional] = None
     """Another model than the one it was trained on."""
     text: Annotated[str | None, tyro.conf.Positional] = None
@@ -60,6 +60,7 @@ class Effects:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
+        from saekit.errors import SaekitError
         from saekit.patching.corpus_effects import EffectSettings
         from saekit.patching.effects_file import keep_effects
         from saekit.patching.effects_run import EffectsRun, forget_unfinished, measure_effects
@@ -70,6 +71,11 @@ class Effects:
         opened = open_sae(
             self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device
         )
+        if not self.sae.is_dir():
+            raise SaekitError(
+                f"{self.sae} is not a folder, and what is measured is kept in the SAE's folder; "
+                f"`saekit convert {self.sae} my-sae` makes one"
+            )
         run = EffectsRun(
             target=opened.target,
             sae=opened.sae,

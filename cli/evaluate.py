@@ -52,7 +52,7 @@ class Eval:
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of the SAE."""
+    """Folder or file of the SAE, its name in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     model: str | None = None
     """Another model than the one it was trained on."""
     text: str | None = None

@@ -29,7 +29,7 @@ class Export:
     """
 
     sae: Annotated[Path, tyro.conf.Positional]
-    """Folder of the SAE."""
+    """Folder or file of the SAE, its name in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     out: Path | None = None
     """File or folder to write; features.html, neuronpedia or delphi-cache if not given."""
     to: Literal["page", "neuronpedia", "delphi"] = "page"

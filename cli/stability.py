@@ -41,7 +41,7 @@ class Stability:
     """
 
     saes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of the SAEs."""
+    """Folders or files of the SAEs, their names in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     rows: int = 40
     """Held-out rows to read for which features fire; 0 compares all features and needs no model."""
     model: str | None = None

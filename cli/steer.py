@@ -50,7 +50,7 @@ class Steer:
     seed: int = 0
     """Of the draws, if the temperature is above 0."""
     sae: Path | None = None
-    """Folder of an SAE."""
+    """Folder or file of an SAE, its name in `saekit list`, or OWNER/NAME[@REVISION][:PATH] on the Hub."""
     model: str | None = None
     """Another model than the one it was trained on."""
     site: str | None = None

@@ -66,8 +66,8 @@ class Train:
     features: int | None = None
     """Width of the dictionary; 4,096 if not given, or that of --start."""
     start: tuple[str, ...] = ()
-    """SAEs to go on from instead of new weights, one for each --site; a lower --learning-rate may be wise. With
-    --rule jumprelu the thresholds of the SAE are what training fine-tunes."""
+    """SAEs to go on from instead of new weights, one for each --site; MODEL and TEXT are not taken from
+    them, and a lower --learning-rate may be wise. With --rule jumprelu the thresholds of the SAE are fine-tuned."""
     tokens: int = 1_000_000
     """Length of training; a shorter text is read more than once."""
     batch_tokens: int = 1024

@@ -163,3 +163,11 @@ def test_the_command_says_in_one_line_what_is_wrong(place, capsys, wrong, messag
     assert main(["effects", str(place / "sae"), "pystd", str(place / "text.py"), *wrong]) == 1
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1 and re.search(message, err)
+
+
+def test_an_sae_that_has_no_folder_here_is_given_one_first(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert main(["effects", "pystd/layers.2", "pystd", str(place / "text.py")]) == 1
+    said = capsys.readouterr().err
+    assert "pystd/layers.2 is not a folder" in said and "`saekit convert pystd/layers.2 my-sae` makes one" in said
+    assert not (place / "pystd").exists()
