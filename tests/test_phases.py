@@ -196,6 +196,21 @@ def test_feature_choice_pools_as_many_batches_as_its_rarest_feature_needs(vector
     assert sum(len(part.values) for part in codes) == pytest.approx(len(pool), rel=0.4)
 
 
+@pytest.mark.parametrize(
+    "rule, then, least",
+    [
+        (FeatureChoice(3, exponent=4.0, floor=4), None, 4 / BATCH),
+        (MutualChoice(3), ThenFeatureChoice(at=0.5, exponent=4.0, offset=0.0, pool=4), 1 / (4 * BATCH)),
+    ],
+)
+def test_calibration_grants_the_rarest_features_the_share_that_training_did(vectors, rule, then, least):
+    (sae,) = train([config(40, rule=rule, then=then)], source_of(vectors))
+    n = 1 << 17
+    counts = sae.encode(mixtures(n, seed=1)).feature_counts().double() / n
+    # on such a curve most features have what the floor gives them
+    assert float(counts.median()) == pytest.approx(least, rel=0.5)
+
+
 def encoder_of(state: TrainState) -> tuple[Tensor, Tensor]:
     return state.sae.encoder, state.sae.b_enc
 

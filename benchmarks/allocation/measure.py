@@ -80,7 +80,7 @@ def measure(run: Run, *, shared: Path, peer_python: Path, recordings: Path) -> d
         train_s = time.process_time() - began - timed.seconds
         peak_mb = memory_mb("VmHWM")
     # as many tokens as training shared budgets over
-    tokens = TokenFacts.read(dataset, config.batch_tokens * max(1, config.pool_starting_at(0)))
+    tokens = TokenFacts.read(dataset, config.batch_tokens * config.shared_over)
     inference = evaluate_mode(sae, dataset, tokens)
     batch = inference
     if batch_rule.looks_across_tokens:

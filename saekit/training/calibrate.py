@@ -23,7 +23,8 @@ def calibrate(sae: SAE, pool: Float[Tensor, "n_tokens d_model"]) -> Threshold:
     """The thresholds under which `sae` keeps on single tokens what its rule keeps on `pool`.
 
     Args:
-        pool: activations in the SAE's units; the more the better, tens of thousands at least.
+        pool: activations in the SAE's units; the more the better, tens of thousands at least. A floor of
+            Feature Choice is in tokens of the pool.
 
     Raises:
         SaekitError: if the SAE's rule does not look across tokens and so needs no thresholds.
@@ -35,7 +36,7 @@ def calibrate(sae: SAE, pool: Float[Tensor, "n_tokens d_model"]) -> Threshold:
             kept = top_of_all(prepared, sae.encoder, sae.b_enc, rule.k * len(pool))
             lowest = kept.scores.min().expand(sae.n_features)
         case FeatureChoice():
-            if rule.ranks is None:
+            if rule.ranks is None and rule.exponent > 0:
                 rule = replace(rule, ranks=_ranks(sae, prepared, rule))
             budgets = rule.feature_budgets(len(pool), sae.n_features, pool.device)
             kept = top_of_columns(prepared, sae.encoder, sae.b_enc, budgets)

@@ -167,13 +167,17 @@ class TrainConfig:
 
         As many as the rarest feature needs to be granted one token, or as many as the second phase asks for.
         """
+        since = step - (self.then.first_step(self.steps) if self.then else 0)
+        return self.shared_over if self.shared_over > 1 and since >= 0 and since % self.shared_over == 0 else 0
+
+    @property
+    def shared_over(self) -> int:
+        """Batches that the rule with which the run ends shares its budgets over."""
+        if self.then:
+            return self.then.pool
         if isinstance(self.rule, FeatureChoice):
-            size, since = math.ceil(self.rule.smallest_batch(self.n_features) / self.batch_tokens), step
-        elif self.then and step >= self.then.first_step(self.steps):
-            size, since = self.then.pool, step - self.then.first_step(self.steps)
-        else:
-            return 0
-        return size if size > 1 and since % size == 0 else 0
+            return math.ceil(self.rule.smallest_batch(self.n_features) / self.batch_tokens)
+        return 1
 
     @property
     def peak_lr(self) -> float:

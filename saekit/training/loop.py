@@ -175,6 +175,9 @@ def _finish(state: TrainState, ahead: Ahead) -> SAE:
     if sae.rule.looks_across_tokens:
         least = sae.rule.smallest_batch(sae.n_features) if isinstance(sae.rule, FeatureChoice) else 1
         pool = ahead.look(-(-max(CALIBRATION_TOKENS, least) // config.batch_tokens))
+        if isinstance(sae.rule, FeatureChoice) and sae.rule.floor:
+            # a floor counts tokens, and here are more of them than training shared its budgets over
+            sae.rule = replace(sae.rule, floor=sae.rule.floor * len(pool) // config.shared_over)
         sae.rule = calibrate(sae, _vectors(pool, config.site).to(sae.b_dec.device))
     return sae
 
