@@ -71,7 +71,7 @@ def joint_config(command: "Train", target: "Target", start: "Crosscoder | None")
             raise SaekitError(f"{flag} is about transcoders, which write another Site; leave it or --crosscoder away")
     if command.equal_norms:
         raise SaekitError("a crosscoder scales each Site as a whole; leave --equal-norms or --crosscoder away")
-    features = command.features or (start.sae.n_features if start is not None else None)
+    features = start.sae.n_features if command.features is None and start is not None else command.features
     configs = train_configs(replace(command, site=named, features=features), target)
     return replace(configs[0], site=Site.parse(WHOLE)), [config.site for config in configs]
 

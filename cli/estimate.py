@@ -18,7 +18,7 @@ def estimate(
     starts: Sequence["SAE"] = (),
     whole: "Joined | None" = None,
 ) -> dict[str, Any]:
-    """Memory, disk and time of a run; time by doing the first steps of it.
+    """Memory, disk and time of a run; time by doing some steps of it, with the auxiliary loss at work.
 
     Args:
         whole: what the configs read, if that is the Sites of the source put end to end.
@@ -41,7 +41,8 @@ def estimate(
     if whole is not None:
         one_pass = whole.join(one_pass)
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
-    vectors = {site: batch.vectors.repeat(8, 1)[: first.batch_tokens].to(device) for site, batch in one_pass.items()}
+    n = first.batch_tokens
+    vectors = {site: batch.vectors.repeat(-(-n // len(batch)), 1)[:n].to(device) for site, batch in one_pass.items()}
     batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
     states = [
         TrainState.start(config, *batch, start=start)
@@ -49,10 +50,13 @@ def estimate(
     ]
     # where budgets are shared over a pool, as many vectors as it holds, whatever they are
     pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
-    began = time.perf_counter()
-    for _ in range(3):
+    for step in range(4):
+        if step == 1:  # the first one warms up
+            began = time.perf_counter()
         for state, batch, pool in zip(states, batches, pools, strict=True):
             train_step(state, *batch, pool=pool if len(pool) else None)
+            if step == 0:  # before this the auxiliary loss waits, and it is a good part of the time
+                state.step = max(1, min(state.config.dead_threshold // n + 1, first.steps - 3))
     step_s = (time.perf_counter() - began) / 3 * first.steps
     # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
     buffers = 3.5 if source.prefetch else 2.5

@@ -81,6 +81,8 @@ def auxiliary_of(command: "Train") -> "AuxZipf | AuxK | None":
         for flag in (flag for flag, is_given in given if is_given):
             raise SaekitError(f"{flag} is about a loss that --auxiliary none leaves out; leave one of them away")
         return None
+    if bf16 and command.auxiliary_claim == "feature":
+        raise SaekitError("--auxiliary-claim feature has nothing for --bf16-auxiliary to round; leave one of them away")
     if command.auxiliary == "zipf":
         return AuxZipf(bf16=bf16, sample=sample, claim=command.auxiliary_claim)
     if command.auxiliary_claim != "token":

@@ -44,6 +44,8 @@ class RunningDensity:
 
     def observe(self, codes: SparseCodes) -> None:
         """Take in one batch of codes."""
+        if not codes.n_tokens:
+            return
         counts = codes.feature_counts()
         keep = 2.0 ** (-codes.n_tokens / self.horizon)
         self.average.mul_(keep).add_(counts.to(self.average) / codes.n_tokens, alpha=1 - keep)

@@ -97,8 +97,9 @@ class AuxZipf:
         shrink: count the loss less where fewer features than `k_aux` take part, so that a few do not dominate.
         claim: "token": each token takes its `k_aux` strongest members. "feature": each member takes as many
             of its strongest tokens as its density is behind the curve, at least one.
-        bf16: make this loss and its gradient from numbers rounded to bfloat16, on CPUs where that is fast. The main
-            loss and what is kept of the codes stay exact.
+        bf16: make this loss and its gradient from numbers rounded to bfloat16, on CPUs where that is fast, and where
+            dense products pay: while at most eight times `k_aux` members take part. The main loss and what is kept
+            of the codes stay exact.
         sample: share of a batch's tokens that this loss is measured on, the first ones: a fair sample where batches
             are shuffled, as those of training are. The loss costs that share, and its gradient is noisier.
     """
@@ -121,6 +122,8 @@ class AuxZipf:
                 f"AuxZipf got below={self.below}, most_members={self.most_members}; both are shares: give below from 0 "
                 "to 1, most_members above 0 and up to 1"
             )
+        if self.bf16 and self.claim == "feature":
+            raise SaekitError('AuxZipf(claim="feature") has no dense product to round; leave bf16 or the claim away')
         _check_sample(self.sample)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from saekit.activations.corpus import load_corpus
 from saekit.activations.harvest import Harvest
 from saekit.activations.tokens import TokenRows
-from saekit.errors import SaekitError
+from saekit.errors import DataError, SaekitError
 from saekit.losses import fvu
 from saekit.normalisation import EqualNorms, Plain
 from saekit.sae import SAE
@@ -98,6 +98,22 @@ def test_feature_choice_keeps_its_ranks_where_it_has_them():
     budgets = FeatureChoice(K, exponent=1.0).budgets(2000, N_FEATURES)[ranks]
     positive = (sae.prepare(pool)[0] @ sae.W_enc + sae.b_enc.detach() > 0).sum(0)
     assert torch.equal(counts, torch.minimum(budgets, positive))
+
+
+def test_equal_budgets_need_no_competition_for_ranks(monkeypatch):
+    monkeypatch.delattr("saekit.training.calibrate._ranks")
+    calibrate(sae_with(UNIFORM), vectors(500, 0))
+    with pytest.raises(NameError):
+        calibrate(sae_with(ZIPF), vectors(500, 0))
+
+
+def test_a_pool_of_another_type_serves_and_an_empty_one_is_refused():
+    sae, pool = sae_with(ZIPF), vectors(500, 0)
+    assert torch.equal(
+        torch.as_tensor(calibrate(sae, pool.double()).theta), torch.as_tensor(calibrate(sae, pool).theta)
+    )
+    with pytest.raises(DataError, match="no activations to calibrate on; give tens of thousands"):
+        calibrate(sae, pool[:0])
 
 
 def test_calibration_leaves_the_sae_as_it_was():

@@ -16,6 +16,7 @@ from word_model import place as place
 
 from saekit.activations import buffer
 from saekit.errors import DataError, FileError, SaekitError
+from saekit.losses import AuxZipf
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, Threshold
 from saekit.targets import Target
@@ -251,6 +252,24 @@ def test_a_dry_run_estimates_and_writes_nothing(place, tmp_path, capsys):
     assert not (tmp_path / "sae").exists()
 
 
+def test_a_dry_run_times_whole_batches_with_the_auxiliary_loss_at_work(place, tmp_path, capsys, monkeypatch):
+    from saekit.training import step
+
+    taken = []
+
+    def spy(state, vectors, targets=None, **pooled):
+        report = train_step(state, vectors, targets, **pooled)
+        taken.append((len(vectors), report.revived is not None))
+        return report
+
+    train_step = step.train_step
+    monkeypatch.setattr(step, "train_step", spy)
+    large = ["--batch-tokens", "8192", "--tokens", "819200"]
+    assert main(train_arguments(place, tmp_path / "sae", *large, "--dry-run", "--json")) == 0
+    assert facts_of(capsys)["training_minutes"] >= 0
+    assert taken == [(8192, False), *[(8192, True)] * 3]
+
+
 def test_a_dry_run_counts_the_file_of_the_unfinished_run(place, tmp_path, capsys, monkeypatch):
     wide = ["--features", "2048", "--rule", "mutual"]
     assert main(train_arguments(place, tmp_path / "sae", *wide, "--dry-run", "--json")) == 0
@@ -468,6 +487,12 @@ def test_rounding_a_loss_that_there_is_not_is_refused():
         auxiliary_of(Train(auxiliary="k", auxiliary_claim="feature"))
     with pytest.raises(SaekitError, match=r"--auxiliary-sample is .* --auxiliary none leaves out; leave one"):
         auxiliary_of(Train(auxiliary="none", auxiliary_sample=0.5))
+    with pytest.raises(
+        SaekitError, match=r"--auxiliary-claim feature has nothing for --bf16-auxiliary to round; leave"
+    ):
+        auxiliary_of(Train(auxiliary_claim="feature", bf16_auxiliary=True))
+    with pytest.raises(SaekitError, match=r"has no dense product to round; leave bf16 or the claim away"):
+        AuxZipf(claim="feature", bf16=True)
 
 
 @pytest.mark.parametrize("screens", [False, True])

@@ -10,7 +10,7 @@ from saekit.activations.batch import ActivationBatch
 from saekit.activations.harvest import TensorSource
 from saekit.activations.stream import START, Place, PlacedStream
 from saekit.crosscoder import Crosscoder, join
-from saekit.errors import FileError, SaekitError, ShapeError
+from saekit.errors import DataError, FileError, SaekitError, ShapeError
 from saekit.losses import fvu
 from saekit.sae import SAE
 from saekit.selection import MutualChoice, TopK
@@ -217,6 +217,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
     assert torch.equal(resumed.sae.encoder, whole.sae.encoder) and torch.equal(resumed.sae.decoder, whole.sae.decoder)
     with pytest.raises(SaekitError, match="Shared cannot say what and where it reads, so its run cannot be resumed"):
         train_crosscoder(config, Shared(), [EARLY, LATE], run_file=RunFile(path=tmp_path / "other"))
+
+
+def test_a_stream_that_was_looked_into_is_let_go_by_a_run_that_goes_on_elsewhere():
+    begun = {(256, 0): loop.Ahead(Cached().stream(256, seed=0))}
+    begun[256, 0].look(1)
+    place = next_place(Cached().stream(256, seed=0))
+    stream = training.Joined(Cached(), EARLY, dict.fromkeys(WIDTHS, 1.0), begun=begun).stream(256, seed=0, start=place)
+    assert not begun and stream.place == place
+
+
+def next_place(stream: PlacedStream) -> Place:
+    next(stream)
+    assert stream.place is not None
+    return stream.place
+
+
+def test_a_site_that_says_nothing_is_refused(small_samples):
+    class Still(Shared):
+        def draw(self, n: int, seed: int) -> dict[Site, Tensor]:
+            return super().draw(n, seed) | {EARLY: torch.full((n, WIDTHS[EARLY]), 0.1)}
+
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=512, batch_tokens=256)
+    with pytest.raises(DataError, match=r"all 2,048 activations at layers\.1:out are equal; .* check the Site"):
+        train_crosscoder(config, Still(), [EARLY, LATE])
 
 
 def test_it_comes_back_from_its_folder(tmp_path):

@@ -45,6 +45,14 @@ def test_nothing_seen_is_density_zero():
     assert not RunningDensity.new(3).density.any()
 
 
+def test_a_batch_without_tokens_says_nothing():
+    density = RunningDensity.new(5)
+    density.observe(SparseCodes.from_dense(torch.tensor([[0.0, 1, 0, 1, 1]])))
+    before = density.density.clone()
+    density.observe(SparseCodes.from_dense(torch.zeros(0, 5)))
+    assert torch.equal(density.density, before)
+
+
 def test_tokens_since_fired_counts_tokens_and_starts_again_at_a_firing():
     density = RunningDensity.new(4)
     for dense in batches():

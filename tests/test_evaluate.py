@@ -15,6 +15,7 @@ from saekit.activations.text import Document, read_documents
 from saekit.activations.tokens import TokenRows, tokenize_documents
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.language_losses import ce_recovered
+from saekit.analysis.sums import Unexplained
 from saekit.errors import DataError, SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
@@ -247,6 +248,14 @@ def test_no_rows_are_refused(rows, target):
 def test_a_text_without_a_token_that_counts_is_refused(rows, target):
     with pytest.raises(DataError, match=r"every token of the text is masked; .*; give more text or another mask"):
         evaluate(sae_of(), target, rows, SITE, mask=MaskPolicy(max_norm=0.0))
+
+
+def test_activations_without_variance_are_refused():
+    for n in (1, 3):
+        same = Unexplained(2)
+        same.observe(torch.full((n, 2), 0.1), torch.zeros(n, 2))
+        with pytest.raises(DataError, match=rf"all {n} activations are equal, .*; give more text, or check the Site"):
+            _ = same.fvu
 
 
 def test_a_site_that_the_model_does_not_need_has_no_recovered_loss(rows, target):

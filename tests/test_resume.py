@@ -21,7 +21,7 @@ from saekit.activations.mask import MaskPolicy
 from saekit.activations.stream import Place, ResumableSource, generator_for
 from saekit.activations.tokens import TokenRows
 from saekit.density import RunningDensity
-from saekit.errors import FileError, SaekitError
+from saekit.errors import DataError, FileError, SaekitError
 from saekit.losses import AuxK, AuxZipf
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
@@ -302,6 +302,37 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(path, number):
     assert stopped.value.signal == number
     assert metadata_of(path)["step"] == 3
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_run_that_came_to_nothing_is_not_saved_over_what_was_good(path):
+    def stop(step: int, reports) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    configs = [config(learning_rate=1e38)]
+    with pytest.raises(
+        DataError, match=r"stopped after step 6, and not saved: the weights at .* are no numbers any more"
+    ):
+        train(configs, harvest(), run_file=RunFile(path=path), on_step=stop)
+    assert not path.exists()
+
+
+def test_of_a_run_that_was_stopped_every_step_was_told(path, monkeypatch):
+    seen = []
+
+    def stop(state: TrainState, x: Tensor, targets: None = None, **pooled):
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state, x, targets, **pooled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stop)
+        with pytest.raises(RunStopped):
+            train([config()], harvest(), run_file=RunFile(path=path), on_step=lambda step, reports: seen.append(step))
+    train(
+        [config()], harvest(), run_file=RunFile(path=path, resume=True), on_step=lambda step, reports: seen.append(step)
+    )
+    assert seen == list(range(1, config().steps + 1))
 
 
 def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(path, monkeypatch):

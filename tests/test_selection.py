@@ -316,6 +316,11 @@ def test_group_max_keeps_the_strongest_of_each_group(seed, k, size, ties):
         assert_same(GroupMax(k).encode(x, eye, torch.zeros(k * size)), codes)
 
 
+def test_a_token_of_nan_has_the_first_of_each_group_and_spoils_no_other_token():
+    x = torch.tensor([[torch.nan, 1.0, 3.0, 2.0], [1.0, 2.0, 4.0, 3.0]])
+    assert select.top_of_groups(x, torch.eye(4), torch.zeros(4), 2).features.tolist() == [0, 2, 1, 2]
+
+
 def test_groups_of_different_sizes_are_refused():
     with pytest.raises(SaekitError, match=r"GroupMax\(k=3\) cannot divide 8 features .*choose a k that divides"):
         GroupMax(3)(torch.zeros(2, 8))

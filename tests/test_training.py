@@ -463,6 +463,14 @@ def test_activations_that_are_all_equal_are_refused(pre_bias):
         train([config(pre_bias=pre_bias)], source_of(torch.full((1000, D_MODEL), 0.1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_vectors_of_another_type_are_learnt_from_as_float32(dtype, vectors):
+    # squares of these do not fit into float16
+    given = (vectors * 300).to(dtype)
+    (sae,), (same,) = (train([config(60)], source_of(x)) for x in (given, given.float()))
+    assert_same(weights(sae), weights(same))
+
+
 def test_a_loss_that_is_no_longer_finite_ends_training(vectors):
     steps = []
     with pytest.raises(DataError, match=r"the loss at layers\.1:out is nan after step 3; lower the learning rate"):

@@ -1,8 +1,7 @@
 """A run that another library trains: on the same vectors in the same order, in an environment of its own."""
 
-import resource
+import json
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,13 @@ class Elsewhere:
     """What a peer has trained, and what that took.
 
     Attributes:
-        cpu_s: processor seconds of its process, reading the vectors included.
-        peak_mb: the highest memory of its process.
+        cpu_s: processor seconds of training, as its process counts them.
+        start_mb, peak_mb: memory of that process before training, and its highest.
     """
 
     sae: SAE
     cpu_s: float
+    start_mb: float
     peak_mb: float
 
 
@@ -55,15 +55,8 @@ def train_by_peer(run: Run, config: TrainConfig, source: ActivationSource, *, py
             "seed": run.seed,
         }
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        before = _children_s()
         done = subprocess.run([python, SCRIPT, vectors, out, *arguments], capture_output=True, text=True)
         if done.returncode:
             raise SaekitError(f"{run.rule} failed: {done.stderr.strip().splitlines()[-1:]}; run {SCRIPT.name} by hand")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        peak_mb = peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-        return Elsewhere(saekit.load(out), _children_s() - before, peak_mb)
-
-
-def _children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        # libraries may talk before
+        return Elsewhere(saekit.load(out), **json.loads(done.stdout.splitlines()[-1]))

@@ -74,7 +74,7 @@ def measure(run: Run, *, shared: Path, peer_python: Path, recordings: Path) -> d
     if run.rule in BY_PEER:
         elsewhere = train_by_peer(run, config, timed, python=peer_python)
         sae, batch_rule = elsewhere.sae, config.rule
-        train_s, peak_mb = elsewhere.cpu_s, elsewhere.peak_mb
+        train_s, start_mb, peak_mb = elsewhere.cpu_s, elsewhere.start_mb, elsewhere.peak_mb
     else:
         sae, batch_rule = train_one(config, timed)
         train_s = time.process_time() - began - timed.seconds

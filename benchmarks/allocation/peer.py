@@ -3,16 +3,21 @@
     PEER_PYTHON benchmarks/allocation/peer.py VECTORS.npy OUT --features F --k K --batch-tokens N --seed I \
         --learning-rate R --dead-after T
 
-Writes a folder as that library does. The vectors are read once, in order. What its own training script does around the
-trainer is done here too: inputs of unit mean squared norm, biases scaled back at the end. The learning rate, the tokens
-after which a silent feature counts as dead, and the shares of the run that warm-up, decay and the threshold take are
-what all rules have: what the library itself proposes is meant for runs of hundreds of millions of tokens.
+Writes a folder as that library does, and prints as JSON what training took, without the start of Python and libraries:
+processor seconds, and memory before and at its highest. The vectors are read once, in order. What its own training
+script does around the trainer is done here too: inputs of unit mean squared norm, biases scaled back at the end. The
+learning rate, the tokens after which a silent feature counts as dead, and the shares of the run that warm-up, decay and
+the threshold take are what all rules have: what the library itself proposes is meant for runs of hundreds of millions
+of tokens.
 """
 # the peers live in an environment of their own
 # pyright: reportMissingImports=false
 
 import argparse
 import json
+import resource
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,8 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
 def main() -> None:
     options = parse()
-    vectors = torch.from_numpy(np.load(options.vectors))
+    vectors = np.load(options.vectors, mmap_mode="r")
+    start_mb, began = peak_mb(), time.process_time()
     steps = len(vectors) // options.batch_tokens
     trainer = BatchTopKTrainer(
         steps=steps,
@@ -40,14 +46,23 @@ def main() -> None:
         device="cpu",
     )
     trainer.dead_feature_threshold = options.dead_after
-    scale = float(vectors[: options.sample].square().sum(1).mean().sqrt())
+    scale = float(torch.tensor(vectors[: options.sample]).square().sum(1).mean().sqrt())
     for step in range(steps):
-        trainer.update(step, vectors[step * options.batch_tokens : (step + 1) * options.batch_tokens] / scale)
+        batch = torch.tensor(vectors[step * options.batch_tokens : (step + 1) * options.batch_tokens])
+        trainer.update(step, batch / scale)
     trainer.ae.scale_biases(scale)
+    took = {"cpu_s": time.process_time() - began, "start_mb": start_mb, "peak_mb": peak_mb()}
     options.out.mkdir(parents=True)
     torch.save(trainer.ae.state_dict(), options.out / "ae.pt")
     config = {"trainer": trainer.config, "buffer": {"io": "out", "ctx_len": 256}}
     (options.out / "config.json").write_text(json.dumps(config, default=str))
+    print(json.dumps(took))
+
+
+def peak_mb() -> float:
+    """The highest memory of this process so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def parse() -> argparse.Namespace:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.adaptive.duo_llm import BIG, SKIP, SMALL, DuoLLM, next_token_nats
+from saekit.adaptive.duo_llm import BIG, SMALL, DuoLLM, next_token_nats
 from saekit.errors import SaekitError
 
 # routes times rows of one forward pass: keeps the logits small
@@ -130,8 +130,3 @@ def greedy(model: DuoLLM, ids: Int[Tensor, "batch tokens"], routes: Int[Tensor, 
 def layer_usage(route: Int[Tensor, "*tokens layers"]) -> Float[Tensor, " layers"]:
     """Share of the tokens that took the big feed-forward, by layer."""
     return (route == BIG).flatten(0, -2).float().mean(0)
-
-
-def keeps_or_skips(layers: int) -> Int[Tensor, "routes layers"]:
-    """Every route of big or nothing."""
-    return all_routes(layers, options=(BIG, SKIP))

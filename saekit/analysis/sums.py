@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saekit.codes import SparseCodes
 from saekit.density import expected_density, underused, zipf_fit
+from saekit.errors import DataError
 
 
 class Unexplained:
@@ -32,7 +33,15 @@ class Unexplained:
 
     @property
     def fvu(self) -> float:
-        return self.error / (self.total_square - self.tokens * float(self.mean.square().sum()))
+        """Raises DataError where there is no variance to explain."""
+        variance = self.total_square - self.tokens * float(self.mean.square().sum())
+        # what is left of equal vectors is rounding
+        if variance <= 1e-12 * self.total_square:
+            raise DataError(
+                f"all {self.tokens:,} activations are equal, so that there is no variance to explain; "
+                "give more text, or check the Site"
+            )
+        return self.error / variance
 
 
 class Usage:

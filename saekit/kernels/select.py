@@ -126,7 +126,7 @@ def top_of_groups(x: Tensor, w_enc: Tensor, b_enc: Tensor, n_groups: int) -> Sel
         for _, block in _row_blocks(x, w_enc, b_enc, part):
             # of equals the first, which argmax does not promise
             groups = block.unflatten(1, (n_groups, size))
-            is_largest = groups == groups.amax(2, keepdim=True)
+            is_largest = (groups == groups.amax(2, keepdim=True)) | groups.isnan()
             features = first + is_largest.to(torch.uint8).cumsum(2, dtype=torch.int32).eq(0).sum(2)
             kept.append((block.gather(1, features).flatten(), features.flatten()))
         return kept
@@ -145,6 +145,7 @@ def top_of_all(x: Tensor, w_enc: Tensor, b_enc: Tensor, budget: int) -> Selectio
 
     Candidates above a guessed cut are collected block by block. If they are at least `budget`, the
     exact selection is among them; if not, the guess was too high and a lower one is tried, at last none.
+    NaN is above no cut and so passed over, where the definition ranks it first; a loss of such a batch is NaN anyway.
     """
     n_features = len(w_enc)
     wanted_share = budget / max(1, len(x) * n_features)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saekit.density import RunningDensity
-from saekit.errors import SaekitError
+from saekit.errors import DataError, SaekitError
 from saekit.kernels.select import Selection, top_of_all, top_of_columns
 from saekit.sae import SAE
 from saekit.selection import FeatureChoice, MutualChoice, Threshold
@@ -27,10 +27,13 @@ def calibrate(sae: SAE, pool: Float[Tensor, "n_tokens d_model"]) -> Threshold:
             Feature Choice is in tokens of the pool.
 
     Raises:
+        DataError: if the pool is empty.
         SaekitError: if the SAE's rule does not look across tokens and so needs no thresholds.
     """
+    if not len(pool):
+        raise DataError("no activations to calibrate on; give tens of thousands")
     rule = sae.rule
-    prepared, _ = sae.prepare(pool)
+    prepared, _ = sae.prepare(pool.to(sae.b_dec.dtype))
     match rule:
         case MutualChoice():
             kept = top_of_all(prepared, sae.encoder, sae.b_enc, rule.k * len(pool))

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
@@ -14,6 +16,7 @@ from saekit.sae import SAE
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
 from saekit.training.loop import SAMPLE_TOKENS, Ahead, resumable, train
+from saekit.training.step import check_varied
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Joined:
         return dict(resumable(self.source).facts()) | {f"scale of {site}": scale for site, scale in self.scales.items()}
 
     def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Iterator[dict[Site, ActivationBatch]]:
-        begun = self.begun.pop((batch_tokens, seed), None) if start == START else None
+        looked_into = self.begun.pop((batch_tokens, seed), None)  # in any case: its buffer is large
+        begun = looked_into if start == START else None
         if isinstance(self.source, ResumableSource):
             return _PlacedJoined(self, begun or self.source.stream(batch_tokens, seed=seed, start=start))
         return map(self.join, begun or self.source.stream(batch_tokens, seed=seed))
@@ -114,17 +118,19 @@ def train_crosscoder(
             f"cannot start from {start}; give the whole Crosscoder of {', '.join(map(str, widths))}, in that order, "
             "or leave start away"
         )
-    ahead = Ahead(source.stream(config.batch_tokens, seed=config.seed))
-    scales = _scales(ahead.look(max(1, SAMPLE_TOKENS // config.batch_tokens)), sites)
+    begun = {(config.batch_tokens, config.seed): Ahead(source.stream(config.batch_tokens, seed=config.seed))}
+    head = begun[config.batch_tokens, config.seed].look(max(1, SAMPLE_TOKENS // config.batch_tokens))
+    scales = {site: _scale(torch.cat([batches[site].vectors for batches in head]).float(), site) for site in sites}
     starts = None if start is None else [_for_scaled(start.sae, widths, scales)]
-    joined = Joined(source, config.site, scales, begun={(config.batch_tokens, config.seed): ahead})
+    joined = Joined(source, config.site, scales, begun=begun)
     (sae,) = train([config], joined, start=starts, **options)
     return Crosscoder(_for_scaled(sae, widths, {site: 1 / scale for site, scale in scales.items()}), widths, scales)
 
 
-def _scales(head: Sequence[Mapping[Site, ActivationBatch]], sites: Sequence[Site]) -> dict[Site, float]:
-    vectors = {site: torch.cat([batches[site].vectors for batches in head]) for site in sites}
-    return {site: float(1 / v.var(0, correction=0).mean().sqrt().clamp(min=1e-12)) for site, v in vectors.items()}
+def _scale(vectors: Float[Tensor, "n_tokens width"], site: Site) -> float:
+    """What brings the vectors to unit variance per dimension."""
+    check_varied(vectors, site)
+    return float(1 / vectors.var(0, correction=0).mean().sqrt().clamp(min=1e-12))
 
 
 @torch.no_grad()

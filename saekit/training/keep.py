@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from saekit.activations.stream import Place
+from saekit.errors import DataError
 from saekit.training.saved_run import RunFile, save_run
 from saekit.training.step import TrainState
 from saekit.training.stop import RunStopped, StopRequested, StopSignals
@@ -20,6 +21,7 @@ class Keeper:
 
     Raises:
         RunStopped: on leaving, if SIGTERM or Ctrl-C came and the run has been saved.
+        DataError: ... and its weights are no numbers any more, so that it has not.
     """
 
     def __init__(self, run_file: RunFile | None, states: Sequence[TrainState], facts: Mapping[str, Any], place: Place):
@@ -37,8 +39,9 @@ class Keeper:
             return
         try:
             if isinstance(error, StopRequested):
-                self.save()
                 step, steps = self._states[0].step, self._states[0].config.steps
+                self._check_finite(step)
+                self.save()
                 raise RunStopped(
                     error.signal,
                     f"stopped after step {step:,} of {steps:,}, saved in {self._file.path}; "
@@ -59,6 +62,15 @@ class Keeper:
         if self._file is None:
             return False
         return step == self._states[0].config.steps or self._file.is_due(step, self._saved_at)
+
+    def _check_finite(self, step: int) -> None:
+        """A run that has come to nothing must not replace what was saved before."""
+        for state in self._states:
+            if not all(bool(weight.isfinite().all()) for weight in state.trained()):
+                raise DataError(
+                    f"stopped after step {step:,}, and not saved: the weights at {state.config.site} are no numbers "
+                    f"any more; lower the learning rate (it is {state.config.peak_lr:.2g})"
+                )
 
     def save(self) -> None:
         """Write the file, whatever signals come."""

@@ -141,10 +141,11 @@ def _take_steps(states: Sequence[TrainState], ahead: Ahead, on_step: OnStep, kee
     for step in range(states[0].step + 1, last + 1):
         pools = [ahead.look(state.config.pool_starting_at(state.step)) for state in states]
         batches, place = ahead.take()
-        with keeper.whole_step(place), spent_on("step"):
-            reports = [_step(state, batches, pool) for state, pool in zip(states, pools, strict=True)]
-        with spent_on("logging"):
-            on_step(step, reports)
+        with keeper.whole_step(place):
+            with spent_on("step"):
+                reports = [_step(state, batches, pool) for state, pool in zip(states, pools, strict=True)]
+            with spent_on("logging"):
+                on_step(step, reports)
         is_due = keeper.is_due(step)
         if is_due or step % 50 == 0 or step == last:
             _check_finite(states, reports, step)
@@ -164,7 +165,8 @@ def _step(state: TrainState, batches: Batches, pool: Sequence[Batches]) -> Repor
 
 
 def _brought(vectors: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The vectors on the device, to which a GPU copies by itself from memory that stays in place."""
+    """The vectors on the device, as float32; a GPU copies by itself from memory that stays in place."""
+    vectors = vectors.float()
     if device.type == "cuda" and vectors.device.type == "cpu":
         return vectors.pin_memory().to(device, non_blocking=True)
     return vectors.to(device)
@@ -183,7 +185,7 @@ def _finish(state: TrainState, ahead: Ahead) -> SAE:
 
 
 def _vectors(batches: Iterable[Batches], site: Site) -> torch.Tensor:
-    return torch.cat([batch[site].vectors for batch in batches])
+    return torch.cat([batch[site].vectors for batch in batches]).float()
 
 
 def _cfg(config: TrainConfig, source: ActivationSource, model_name: str, context_size: int | None) -> SAEConfig:

@@ -17,6 +17,7 @@ from saekit.revival import Members
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.targets import Site
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
 from saekit.training.descent import descend
@@ -298,15 +299,20 @@ def cfg_of(config: TrainConfig, d_in: int, d_out: int | None = None) -> SAEConfi
 
 def _scale_and_centre(config: TrainConfig, sample: Vectors) -> tuple[float, Float[Tensor, " d_model"]]:
     """What brings activations to unit variance per dimension, and where `pre_bias` begins afterwards."""
-    # not by their spread: the mean of equal numbers differs from them by rounding
-    if bool((sample == sample[0]).all()):
-        raise DataError(
-            f"all {len(sample):,} activations at {config.site} are equal; there is nothing to learn; check the Site"
-        )
+    check_varied(sample, config.site)
     # about the mean, whatever pre_bias is: what is far from zero need not spread far
     spread = (sample - sample.mean(0)).square().sum(1).mean().sqrt()
     scale = float(sample.shape[1] ** 0.5 / spread)
     return scale, _centre(config, sample) * scale
+
+
+def check_varied(sample: Vectors, site: Site) -> None:
+    """Refuse activations that are all the same."""
+    # not by their spread: the mean of equal numbers differs from them by rounding
+    if bool((sample == sample[0]).all()):
+        raise DataError(
+            f"all {len(sample):,} activations at {site} are equal; there is nothing to learn; check the Site"
+        )
 
 
 def _centre(config: TrainConfig, sample: Vectors) -> Float[Tensor, " d_model"]:
