@@ -266,6 +266,7 @@ def test_a_peer_trains_on_the_same_vectors_and_is_measured_alike(tmp_path):
     assert row["batch_mode_l0"] == pytest.approx(run.k, rel=1e-6)
     assert 0 < row["inference_fvu"] < 0.5
     assert row["train_cpu_s_per_mtok"] > 0
+    assert row["peak_mb"] is None or row["peak_mb"] > row["start_mb"]
 
 
 @pytest.mark.interop

@@ -25,13 +25,13 @@ class Elsewhere:
 
     Attributes:
         cpu_s: processor seconds of training, as its process counts them.
-        start_mb, peak_mb: memory of that process before training, and its highest.
+        start_mb, peak_mb: memory of that process before training, and its highest; None where it cannot be known.
     """
 
     sae: SAE
     cpu_s: float
-    start_mb: float
-    peak_mb: float
+    start_mb: float | None
+    peak_mb: float | None
 
 
 def train_by_peer(run: Run, config: TrainConfig, source: ActivationSource, *, python: Path) -> Elsewhere:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.datasets import HELD_OUT_SEED, Dataset, open_dataset
+from benchmarks.allocation.process_memory import forget_peak, memory_mb
 from benchmarks.allocation.recorded import Recording
 from benchmarks.allocation.runs import BY_PEER, RULES, Run, Setting
 from saekit.activations.batch import ActivationBatch, ActivationSource
@@ -258,22 +259,6 @@ def recovery_summary(sae: SAE, dataset: Dataset) -> Numbers:
     numbers = {name: value for name, value in found.summary().items() if "_to_" not in name and name != "above"}
     bands = {f"recovered_band_{number}": band.recovered for number, band in enumerate(found.bands, start=1)}
     return {f"truth_{name}": value for name, value in (numbers | bands).items()}
-
-
-def memory_mb(field: str) -> float | None:
-    """Of this process, from the kernel: VmRSS is now, VmHWM the most so far. None where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def forget_peak() -> None:
-    """Have VmHWM begin anew: what making the activations took is no part of training."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")
 
 
 def machine() -> dict[str, object]:

@@ -15,20 +15,20 @@ of tokens.
 
 import argparse
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+from process_memory import forget_peak, memory_mb  # beside this script
 
 
 def main() -> None:
     options = parse()
     vectors = np.load(options.vectors, mmap_mode="r")
-    start_mb, began = peak_mb(), time.process_time()
+    forget_peak()
+    start_mb, began = memory_mb("VmRSS"), time.process_time()
     steps = len(vectors) // options.batch_tokens
     trainer = BatchTopKTrainer(
         steps=steps,
@@ -51,18 +51,12 @@ def main() -> None:
         batch = torch.tensor(vectors[step * options.batch_tokens : (step + 1) * options.batch_tokens])
         trainer.update(step, batch / scale)
     trainer.ae.scale_biases(scale)
-    took = {"cpu_s": time.process_time() - began, "start_mb": start_mb, "peak_mb": peak_mb()}
+    took = {"cpu_s": time.process_time() - began, "start_mb": start_mb, "peak_mb": memory_mb("VmHWM")}
     options.out.mkdir(parents=True)
     torch.save(trainer.ae.state_dict(), options.out / "ae.pt")
     config = {"trainer": trainer.config, "buffer": {"io": "out", "ctx_len": 256}}
     (options.out / "config.json").write_text(json.dumps(config, default=str))
     print(json.dumps(took))
-
-
-def peak_mb() -> float:
-    """The highest memory of this process so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def parse() -> argparse.Namespace:
