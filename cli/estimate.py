@@ -1,13 +1,17 @@
 """What a run of training would take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saekit.activations.harvest import Harvest
     from saekit.sae import SAE
+    from saekit.targets import Site
     from saekit.training.config import TrainConfig
     from saekit.training.crosscoder import Joined
+    from saekit.training.step import TrainState
 
 
 def estimate(
@@ -28,7 +32,6 @@ def estimate(
     import torch
 
     from saekit.training.saved_run import run_bytes
-    from saekit.training.step import TrainState, train_step
 
     first = configs[0]
     widths = (whole or source).widths
@@ -43,21 +46,7 @@ def estimate(
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens
     n = first.batch_tokens
     vectors = {site: batch.vectors.repeat(-(-n // len(batch)), 1)[:n].to(device) for site, batch in one_pass.items()}
-    batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
-    states = [
-        TrainState.start(config, *batch, start=start)
-        for config, batch, start in zip(configs, batches, starts or [None] * len(configs), strict=True)
-    ]
-    # where budgets are shared over a pool, as many vectors as it holds, whatever they are
-    pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
-    for step in range(4):
-        if step == 1:  # the first one warms up
-            began = time.perf_counter()
-        for state, batch, pool in zip(states, batches, pools, strict=True):
-            train_step(state, *batch, pool=pool if len(pool) else None)
-            if step == 0:  # before this the auxiliary loss waits, and it is a good part of the time
-                state.step = max(1, min(state.config.dead_threshold // n + 1, first.steps - 3))
-    step_s = (time.perf_counter() - began) / 3 * first.steps
+    states, step_s = _timed(configs, vectors, starts)
     # the buffer, what it is made from and a batch of it; and one more where the next is made meanwhile
     buffers = 3.5 if source.prefetch else 2.5
     return {
@@ -66,7 +55,37 @@ def estimate(
         # the SAE, and the unfinished run, which is there twice while it is replaced
         "disk_mb": round((numbers * 4 + 2 * run_bytes(states)) / 1e6, 1),
         "harvest_minutes": round(harvest_s / 60, 2),
-        "training_minutes": round(step_s / 60, 2),
+        "training_minutes": round(step_s * first.steps / 60, 2),
         "passes_over_text": round(first.tokens / max(1, source.rows.ids.numel()), 2),
         "threads": torch.get_num_threads(),
     }
+
+
+def _timed(
+    configs: Sequence["TrainConfig"], vectors: Mapping["Site", "Tensor"], starts: Sequence["SAE"]
+) -> tuple[list["TrainState"], float]:
+    """States of the run after some steps on the vectors, and the seconds of one step."""
+    import time
+
+    from saekit.training.step import TrainState, train_step
+
+    first = configs[0]
+    batches = [(vectors[c.site], vectors[c.site_out] if c.site_out else None) for c in configs]
+    states = [
+        TrainState.start(config, *batch, start=start)
+        for config, batch, start in zip(configs, batches, starts or [None] * len(configs), strict=True)
+    ]
+    # where budgets are shared over a pool, as many vectors as it holds, whatever they are
+    pools = [batch[0].repeat(c.pool_starting_at(0), 1) for c, batch in zip(configs, batches, strict=True)]
+
+    def take_step() -> None:
+        for state, batch, pool in zip(states, batches, pools, strict=True):
+            train_step(state, *batch, pool=pool if len(pool) else None)
+
+    take_step()  # warms up
+    for state in states:  # before this the auxiliary loss waits, and it is a good part of the time
+        state.step = max(1, min(state.config.dead_threshold // first.batch_tokens + 1, first.steps - 3))
+    began = time.perf_counter()
+    for _ in range(3):
+        take_step()
+    return states, (time.perf_counter() - began) / 3

@@ -167,8 +167,8 @@ class TrainConfig:
 
         As many as the rarest feature needs to be granted one token, or as many as the second phase asks for.
         """
-        since = step - (self.then.first_step(self.steps) if self.then else 0)
-        return self.shared_over if self.shared_over > 1 and since >= 0 and since % self.shared_over == 0 else 0
+        size, since = self.shared_over, step - (self.then.first_step(self.steps) if self.then else 0)
+        return size if size > 1 and since >= 0 and since % size == 0 else 0
 
     @property
     def shared_over(self) -> int:

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
@@ -15,7 +13,7 @@ from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
-from saekit.training.loop import SAMPLE_TOKENS, Ahead, resumable, train
+from saekit.training.loop import SAMPLE_TOKENS, Ahead, resumable, train, vectors_of
 from saekit.training.step import check_varied
 
 
@@ -119,18 +117,19 @@ def train_crosscoder(
             "or leave start away"
         )
     begun = {(config.batch_tokens, config.seed): Ahead(source.stream(config.batch_tokens, seed=config.seed))}
-    head = begun[config.batch_tokens, config.seed].look(max(1, SAMPLE_TOKENS // config.batch_tokens))
-    scales = {site: _scale(torch.cat([batches[site].vectors for batches in head]).float(), site) for site in sites}
+    scales = _scales(begun[config.batch_tokens, config.seed].look(max(1, SAMPLE_TOKENS // config.batch_tokens)), sites)
     starts = None if start is None else [_for_scaled(start.sae, widths, scales)]
     joined = Joined(source, config.site, scales, begun=begun)
     (sae,) = train([config], joined, start=starts, **options)
     return Crosscoder(_for_scaled(sae, widths, {site: 1 / scale for site, scale in scales.items()}), widths, scales)
 
 
-def _scale(vectors: Float[Tensor, "n_tokens width"], site: Site) -> float:
-    """What brings the vectors to unit variance per dimension."""
-    check_varied(vectors, site)
-    return float(1 / vectors.var(0, correction=0).mean().sqrt().clamp(min=1e-12))
+def _scales(head: Sequence[Mapping[Site, ActivationBatch]], sites: Sequence[Site]) -> dict[Site, float]:
+    """What brings the vectors of each Site to unit variance per dimension."""
+    vectors = {site: vectors_of(head, site) for site in sites}
+    for site in sites:
+        check_varied(vectors[site], site)
+    return {site: float(1 / v.var(0, correction=0).mean().sqrt().clamp(min=1e-12)) for site, v in vectors.items()}
 
 
 @torch.no_grad()

@@ -127,8 +127,8 @@ def _begin(
     return [
         TrainState.start(
             config,
-            _vectors(sample, config.site).to(device),
-            _vectors(sample, config.site_out).to(device) if config.site_out else None,
+            vectors_of(sample, config.site).to(device),
+            vectors_of(sample, config.site_out).to(device) if config.site_out else None,
             cfg=cfg,
             start=start,
         )
@@ -160,7 +160,7 @@ def _step(state: TrainState, batches: Batches, pool: Sequence[Batches]) -> Repor
         state,
         _brought(batches[config.site].vectors, device),
         _brought(batches[config.site_out].vectors, device) if config.site_out else None,
-        pool=_brought(_vectors(pool, config.site), device) if pool else None,
+        pool=_brought(vectors_of(pool, config.site), device) if pool else None,
     )
 
 
@@ -180,11 +180,12 @@ def _finish(state: TrainState, ahead: Ahead) -> SAE:
         if isinstance(sae.rule, FeatureChoice) and sae.rule.floor:
             # a floor counts tokens, and here are more of them than training shared its budgets over
             sae.rule = replace(sae.rule, floor=sae.rule.floor * len(pool) // config.shared_over)
-        sae.rule = calibrate(sae, _vectors(pool, config.site).to(sae.b_dec.device))
+        sae.rule = calibrate(sae, vectors_of(pool, config.site).to(sae.b_dec.device))
     return sae
 
 
-def _vectors(batches: Iterable[Batches], site: Site) -> torch.Tensor:
+def vectors_of(batches: Iterable[Batches], site: Site) -> torch.Tensor:
+    """All vectors of a Site, end to end, as float32."""
     return torch.cat([batch[site].vectors for batch in batches]).float()
 
 
