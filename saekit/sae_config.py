@@ -72,6 +72,8 @@ def write(cfg: SAEConfig, rule: SelectionRule, *, skip: bool, dtype: str) -> dic
             "model_name": cfg.model_name,
             "context_size": cfg.context_size,
             **cfg.metadata,
+            # SAELens' word for it
+            **({"prepend_bos": cfg.metadata["row_bos"]} if "row_bos" in cfg.metadata else {}),
         },
     )
 
@@ -87,6 +89,8 @@ def read_cfg(config: Mapping[str, Any]) -> SAEConfig:
         FileError: a normalisation that this version does not know.
     """
     metadata = dict(config["metadata"])
+    if "row_bos" in metadata:
+        metadata.pop("prepend_bos", None)
     kind = dict(config["saekit"]["normalisation"])
     name = kind.pop("name", None)
     if name not in normalisation.BY_NAME:

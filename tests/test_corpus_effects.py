@@ -84,7 +84,8 @@ def test_draws_add_half_the_gauss_newton_curvature_along_each_ablation(target, s
     own = read_prompts(target, sae, FIRST, few.ids, mask=TokenMask(bos=BOS, pad=PAD))
     change = difference(own.codes, None)
     gradients = loss_gradients(target, FIRST, few.ids, own.vectors, pad=PAD, draws=2000, seed=0)
-    found = second_order(change, gradients, sae) - second_order(change, (gradients[0], []), sae)
+    found = second_order(change, gradients, sae, own.vectors)
+    found -= second_order(change, (gradients[0], []), sae, own.vectors)
     codes = codes_of(target, sae, few)
     counted = few.ids[:, 1:] != PAD
     with torch.no_grad():

@@ -220,6 +220,19 @@ def test_a_masked_token_is_never_part_of_an_effect(sae):
     assert (with_bos - without).abs() > 1e-3
 
 
+def test_what_the_other_prompts_have_at_a_masked_token_takes_no_part(sae):
+    ids = IDS.clone()
+    ids[0, 3] = BOS
+    assert bool((codes_of(OTHER_IDS)[0, 3] > 0).any())
+    there = read_prompts(TARGET, sae, SITE, OTHER_IDS, mask=MASK)
+    found = attribute(TARGET, sae, SITE, ids, METRIC, other=there, mask=MASK)
+    assert not bool(((found.at.prompt == 0) & (found.at.position == 3)).any()) and found.error[0, 3] == 0
+    exact_effects(TARGET, sae, SITE, ids, METRIC, found.at, other=there, mask=MASK)  # all of them are places that count
+    behaviour = read_behaviour(TARGET, sae, SITE, ids, OTHER_IDS, METRIC, mask=MASK)
+    everything = behaviour.vectors(behaviour.change.features.unique(), all_but=False)
+    assert torch.equal(everything[0, 3], behaviour.own.vectors[0, 3])
+
+
 def test_random_directions_are_the_control_of_equal_density_and_norm(sae, places):
     control = with_random_decoder(sae, seed=0)
     x = MODEL.embed(IDS).flatten(0, 1)

@@ -85,7 +85,12 @@ def test_a_run_goes_on_only_as_it_was_begun(run):
     for wrong, message in (
         ({"settings": replace(run.settings, seed=5)}, r"was begun with seed 0, not 5; give the same"),
         ({"rows": run.rows.select(slice(9))}, r"was begun with rows 10, not 9"),
+        (
+            {"rows": TokenRows.from_ids(run.rows.ids.flip(0), bos=BOS, pad=None)},
+            r"was begun with text_checksum \d+, not \d",
+        ),
         ({"sae": sae_of(Threshold(0.3), seed=1)}, r"is about another SAE"),
+        ({"sae": run.sae.with_rule(Threshold(0.4))}, r"is about another SAE"),
     ):
         with pytest.raises(FileError, match=message):
             measure_effects(replace(run, resume=True, **wrong))

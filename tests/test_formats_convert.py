@@ -66,6 +66,16 @@ def test_sparsify_and_back(rule, more, n_features, tmp_path):
     convert(sae, tmp_path / "layers.2.mlp", to="sparsify")  # again, in the place of the first
 
 
+def test_a_folder_tells_saelens_whether_rows_open_with_bos(tmp_path):
+    sae = random_sae(TopK(3), metadata={"row_bos": True})
+    for how in (lambda folder: sae.save(folder), lambda folder: convert(sae, folder, to="saelens")):
+        how(tmp_path)
+        assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["prepend_bos"] is True
+        assert dict(SAE.load(tmp_path).cfg.metadata) == {"row_bos": True}
+    random_sae(TopK(3)).save(tmp_path / "unknown")
+    assert "prepend_bos" not in json.loads((tmp_path / "unknown" / "cfg.json").read_text())["metadata"]
+
+
 @pytest.mark.parametrize(
     "rule, more, architecture",
     [
@@ -124,6 +134,7 @@ def test_a_batch_rule_becomes_a_jumprelu_once_it_is_calibrated(rule, tmp_path):
         (random_sae(TopK(3), normalisation=LayerNorm()), "sparsify", r"not scale tokens, LayerNorm\(eps=1e-05\) does"),
         (random_sae(TopK(3), d_out=4, apply_b_dec_to_input=False), "sparsify", "as it reads, this .* 6 to 4"),
         (random_sae(TopK(3, relu=False)), "saelens", r"SAELens has no SAE with TopK\(k=3, relu=False\)"),
+        (random_sae(Threshold(0.2, relu=False)), "saelens", r"no SAE with Threshold\(.*relu=False\)"),
         (random_sae(GroupMax(3)), "saelens", r"no SAE with GroupMax\(k=3\); keep"),
         (random_sae(TopK(3), skip=True), "saelens", r"no SAE with TopK\(k=3\) with a skip connection"),
         (random_sae(TopK(3), normalisation=EqualNorms()), "saelens", r"SAELens has no EqualNorms\(\)"),

@@ -25,8 +25,8 @@ def saes():
     return {FIRST: sae_of(TopK(4)), SECOND: sae_of(Threshold(0.3), seed=1)}
 
 
-def patch(target, saes, **more):
-    return patch_features(target, saes, IDS, OTHER, METRIC, mask=TOKENS, batch_rows=7, **more)
+def patch(target, saes, metric=METRIC, **more):
+    return patch_features(target, saes, IDS, OTHER, metric, mask=TOKENS, batch_rows=7, **more)
 
 
 @torch.no_grad()
@@ -62,8 +62,15 @@ def test_a_stopped_run_goes_on_to_the_same_numbers_bit_for_bit(target, saes, tmp
         patch(target, saes, unfinished=file, on_progress=stop)
     with pytest.raises(FileError, match=r"holds an unfinished run; pass --resume|pass --resume"):
         patch(target, saes, unfinished=file)
-    with pytest.raises(FileError, match=r"is about other prompts, SAEs, Sites or batches"):
+    about_another = r"is about another model or metric, or other prompts, SAEs, Sites or batches; give the same"
+    with pytest.raises(FileError, match=about_another):
         patch(target, {FIRST: saes[FIRST]}, unfinished=file, resume=True)
+    another_rule = {site: sae.with_rule(TopK(3)) for site, sae in saes.items()}
+    with pytest.raises(FileError, match=about_another):
+        patch(target, another_rule, unfinished=file, resume=True)
+    another_metric = LogitDifference(torch.tensor([3, 7]), torch.tensor([5, 6]), torch.tensor([4, 4]))
+    with pytest.raises(FileError, match=about_another):
+        patch(target, saes, metric=another_metric, unfinished=file, resume=True)
     seen = []
     got = patch(target, saes, unfinished=file, resume=True, on_progress=lambda *said: seen.append(said[:2]))
     assert all(torch.equal(want[site].effect, got[site].effect) for site in want)

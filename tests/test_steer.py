@@ -69,6 +69,18 @@ def test_the_first_difference_may_be_that_one_text_ends(plain, edited, first):
     assert Steered(torch.tensor([0]), torch.tensor(plain), torch.tensor(edited)).first_difference == first
 
 
+def test_the_likeliest_token_is_taken_whatever_the_model_asks_for(target):
+    prompt = encode_prompt(target, "x = x + x + x + x +")
+    plain = generate(target, prompt, Sampling(new_tokens=8))
+    asked = target.model.generation_config
+    before = asked.repetition_penalty, asked.num_beams
+    asked.repetition_penalty, asked.num_beams = 3.0, 2
+    try:
+        assert torch.equal(generate(target, prompt, Sampling(new_tokens=8)), plain)
+    finally:
+        asked.repetition_penalty, asked.num_beams = before
+
+
 def test_draws_depend_on_the_seed_alone(target):
     prompt = encode_prompt(target, PROMPT)
     state = torch.get_rng_state()

@@ -5,7 +5,8 @@
 
 The files of the first do not say where they belong, those of the second may not; paths do:
 `gemma-scope-2b-pt-res/layer_20/width_16k/...`, `gemma-scope-2-1b-pt/resid_post/layer_12_...`. SAEs on embeddings
-were trained on embeddings multiplied with sqrt(d); their two matrices, and nothing else, are scaled back here.
+were trained before Gemma multiplies those with sqrt(d), and hook_embed comes after: their two matrices are scaled, and
+b_dec is not, as in SAELens.
 """
 
 import re

@@ -139,7 +139,7 @@ def _input_scale(config: Config, saved: Config) -> float | None:
 
 def _metadata(facts: Config) -> dict[str, Any]:
     """What has no field of its own; `row_bos` is saekit's word for `prepend_bos`."""
-    own = ("hook_name", "hook_name_out", "model_name", "context_size")
+    own = ("hook_name", "hook_name_out", "model_name", "context_size", "prepend_bos")
     bos = {} if facts.get("prepend_bos") is None else {"row_bos": facts.flag("prepend_bos")}
     return {name: value for name, value in facts.items() if name not in own} | bos
 
@@ -170,7 +170,7 @@ def check_lossless(weights: Weights) -> None:
         raise SaekitError(f"SAELens has no transcoder with {type(rule).__name__}; only ReLU and JumpReLU ones convert")
     if is_transcoder and weights.apply_b_dec_to_input:
         raise SaekitError("transcoders of SAELens never subtract b_dec from their input, this one does")
-    known = isinstance(rule, Threshold | AbsTopK) or (isinstance(rule, TopK) and rule.relu)
+    known = isinstance(rule, AbsTopK) or (isinstance(rule, Threshold | TopK) and rule.relu)
     if not known or (weights.skip is not None and not is_transcoder):
         skip = " with a skip connection" if weights.skip is not None else ""
         raise SaekitError(f"SAELens has no SAE with {rule!r}{skip}; keep this one in saekit's own format")

@@ -3,10 +3,10 @@
     attribution patching   (other - own) * gradient at the untouched run    (Syed et al., arXiv 2310.10348)
     integrated gradients   (other - own) * mean gradient on the way there   (Sundararajan et al., arXiv 1703.01365)
 
-`own` and `other` are strengths of a feature, and gradients are along its decoder row (Marks et al., arXiv
-2403.19647). With another run to take strengths from, what the SAE does not reconstruct is patched too: the
-error node of each token. Then integrated gradients add up to the effect of replacing the whole Site, up
-to the error of the sum over steps.
+`own` and `other` are strengths of a feature, and gradients are along what a unit of it writes: its decoder row (Marks
+et al., arXiv 2403.19647), in the units of the token where the SAE normalises its input. With another run to take
+strengths from, what the SAE does not reconstruct is patched too: the error node of each token. Then integrated
+gradients add up to the effect of replacing the whole Site, up to the error of the sum over steps.
 
 They estimate different things. Attribution patching is a first-order guess at each edit made alone, the
 question that `exact_effects` answers; integrated gradients divide up the effect of all edits made together.
@@ -22,7 +22,6 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError
-from saekit.kernels.entries import decode_rows
 from saekit.patching.effects import Candidates, Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
 from saekit.patching.splice import write, writing_site
@@ -80,7 +79,7 @@ def attribute(
     own = read_prompts(target, sae, site, ids, mask=mask, batch_rows=batch_rows)
     if other is not None:
         check_same_places(ids, other.grid.keep)
-    change = difference(own.codes, None if other is None else other.codes)
+    change = change_between(own, other)
     with torch.no_grad():
         rows = own.vectors.flatten(0, 1).to(sae.b_dec)
         written = write(change, sae, rows).to(own.vectors).view_as(own.vectors)
@@ -97,9 +96,9 @@ def attribute(
     token = change.token_of_entry()
     context = ids.shape[1]
     return Attribution(
-        at=Candidates(token // context, token % context, change.features),
-        effect=along_decoder(change, gradient.flatten(0, 1).to(sae.b_dec), sae).double(),
-        error=(gradient.double() * (whole - written).double()).sum(-1),
+        at=Candidates((token // context).cpu(), (token % context).cpu(), change.features.cpu()),
+        effect=along_decoder(change, gradient.flatten(0, 1).to(sae.b_dec), sae, rows).double().cpu(),
+        error=(gradient.double() * (whole - written).double()).sum(-1).cpu(),
     )
 
 
@@ -114,13 +113,21 @@ def gradient_at(
 
 
 @torch.no_grad()
-def along_decoder(change: SparseCodes, gradient: Float[Tensor, "n_tokens d_model"], sae: SAE) -> Float[Tensor, " nnz"]:
-    """`change * (gradient . decoder row)` of every entry: the gradient of decoding, asked for by its values."""
+def along_decoder(
+    change: SparseCodes, gradient: Float[Tensor, "n_tokens d_model"], sae: SAE, rows: Float[Tensor, "n_tokens d_model"]
+) -> Float[Tensor, " nnz"]:
+    """`change * (gradient . what a unit writes there)` of every entry: the gradient of writing, asked for by values."""
     with torch.enable_grad():
         values = change.values.detach().requires_grad_()
-        decoded = decode_rows(values, change.features, change.row_starts, sae.decoder.detach())
-        dots = torch.autograd.grad(decoded, values, gradient.detach())[0]
+        written = write(change.with_values(values), sae, rows.detach())
+        dots = torch.autograd.grad(written, values, gradient.detach())[0]
     return change.values * dots
+
+
+def change_between(own: Prompts, other: Prompts | None) -> SparseCodes:
+    """`difference` at the tokens that count; the others pass by, whatever the other prompts have there."""
+    change = difference(own.codes, None if other is None else other.codes)
+    return change.where(own.grid.keep.flatten().to(change.device)[change.token_of_entry()])
 
 
 def difference(own: SparseCodes, other: SparseCodes | None) -> SparseCodes:

@@ -226,7 +226,7 @@ def _estimate(
         target, writing_site(saes[0], site), rows.ids, own.vectors, pad=rows.pad, draws=settings.draws, seed=seed
     )  # (rows, context, d_model) each
     change = difference(own.codes, None)
-    return change, [second_order(change, gradients, sae) for sae in saes]
+    return change, [second_order(change, gradients, sae, own.vectors) for sae in saes]
 
 
 def _slope_through_zero(x: Float[Tensor, " m"], y: Float[Tensor, " m"]) -> float:

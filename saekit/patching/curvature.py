@@ -52,16 +52,20 @@ def loss_gradients(
 
 
 def second_order(
-    change: SparseCodes, gradients: tuple[Tensor, list[Tensor]], sae: SAE
+    change: SparseCodes,
+    gradients: tuple[Tensor, list[Tensor]],
+    sae: SAE,
+    vectors: Float[Tensor, "rows context d_model"],
 ) -> Float[Tensor, "rows n_features"]:
     """Estimated effect on the loss of each row of changing each feature everywhere in it, in nats, in float64.
 
-    `gradients` are those of `loss_gradients`; without draws the estimate is of first order.
+    `gradients` are those of `loss_gradients` at `vectors`; without draws the estimate is of first order.
     """
     of_text, drawn = gradients
-    rows = len(of_text)
+    tokens = vectors.flatten(0, 1).to(sae.b_dec)
     first, *others = (
-        by_row(change, along_decoder(change, g.flatten(0, 1).to(sae.b_dec), sae), rows) for g in (of_text, *drawn)
+        by_row(change, along_decoder(change, g.flatten(0, 1).to(sae.b_dec), sae, tokens), len(vectors))
+        for g in (of_text, *drawn)
     )
     for other in others:
         first += other.square() / (2 * len(others))

@@ -2,7 +2,7 @@
 
 effect, low, high, random, active   `(n_features,)` as in `CorpusEffects`
 checked, attributed, exact          `(m,)` as in `ExactCheck`; effects are not kept without their check
-metadata                            `of` the decoder they were measured with, and `facts` as JSON
+metadata                            `of` the SAE they were measured with, and `facts` as JSON
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from saekit.errors import FileError
 from saekit.patching.corpus_effects import CorpusEffects, ExactCheck
 from saekit.sae import SAE
+from saekit.sae_config import describe_rule, rule_tensors
 from saekit.training.state_file import read_state, write_state
 
 FILE = "effects.safetensors"
@@ -80,5 +81,10 @@ def kept_effects(folder: Path, sae: SAE) -> KeptEffects | None:
 
 
 def fingerprint(sae: SAE) -> str:
-    """Of the decoder: SAEs with the same one write the same."""
-    return hashlib.sha256(sae.decoder.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
+    """Of all that decides what an SAE reads and writes: weights, rule and normalisation."""
+    settings = describe_rule(sae.rule), sae.cfg.normalisation, sae.cfg.apply_b_dec_to_input
+    found = hashlib.sha256(repr(settings).encode())
+    tensors = dict(sae.named_parameters()) | dict(rule_tensors(sae.rule, sae.n_features))
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()

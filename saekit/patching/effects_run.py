@@ -12,6 +12,7 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 
+from saekit.activations.harvest import checksum
 from saekit.activations.mask import MaskPolicy
 from saekit.activations.tokens import TokenRows
 from saekit.errors import DataError, FileError, SaekitError
@@ -145,6 +146,10 @@ def _described(run: EffectsRun) -> dict[str, Any]:
     }
 
 
+def _began_with(run: EffectsRun) -> dict[str, Any]:
+    return {**_described(run), "text_checksum": checksum(run.rows.ids)}
+
+
 def _save_if_due(run: EffectsRun, done: _Progress) -> None:
     if time.monotonic() - done.saved_at >= SAVE_EVERY_S:
         _save(run, done)
@@ -159,7 +164,7 @@ def _save(run: EffectsRun, done: _Progress) -> None:
     if done.check is not None:
         tensors["checked"] = done.check.total
         tensors["rows"][1] = done.check.rows
-    metadata = {"of": fingerprint(run.sae), "facts": json.dumps(_described(run), sort_keys=True)}
+    metadata = {"of": fingerprint(run.sae), "facts": json.dumps(_began_with(run), sort_keys=True)}
     write_state(run.unfinished, tensors, metadata)
 
 
@@ -175,7 +180,7 @@ def _read(run: EffectsRun) -> _Progress:
         raise FileError(f"{path} cannot be read ({error}); delete it to start anew") from error
     if of != fingerprint(run.sae):
         raise FileError(f"{path} is about another SAE; delete it to start anew")
-    now = json.loads(json.dumps(_described(run)))
+    now = json.loads(json.dumps(_began_with(run)))
     for name in sorted(facts.keys() | now.keys()):
         if facts.get(name) != now.get(name):
             raise FileError(

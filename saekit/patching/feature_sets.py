@@ -19,7 +19,7 @@ from torch import Tensor
 from saekit.activations.mask import MaskPolicy
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError
-from saekit.patching.attribution import along_decoder, difference
+from saekit.patching.attribution import along_decoder, change_between
 from saekit.patching.effects import Prompts, check_same_places, read_prompts
 from saekit.patching.metric import Metric
 from saekit.patching.splice import write, writing_site
@@ -70,11 +70,15 @@ class Behaviour:
         """Where features are patched in."""
         return writing_site(self.sae, self.site)
 
+    @property
+    def rows(self) -> Float[Tensor, "tokens d_out"]:
+        """The activations that features write into, in the SAE's type."""
+        return self.own.vectors.flatten(0, 1).to(self.sae.b_dec)
+
     def vectors(self, features: Int[Tensor, " m"], *, all_but: bool) -> Tensor:
         """Activations with the features patched in, or everything but them."""
         entries = (torch.isin(self.change.features, features)).to(self.change.values)
-        rows = self.own.vectors.flatten(0, 1).to(self.sae.b_dec)
-        written = write(self.change.with_values(self.change.values * entries), self.sae, rows)
+        written = write(self.change.with_values(self.change.values * entries), self.sae, self.rows)
         written = written.detach().to(self.own.vectors).view_as(self.own.vectors)
         return self.whole - written if all_but else self.own.vectors + written
 
@@ -117,8 +121,7 @@ def read_behaviour(
             f"the metric is {base:.4g} with and without what {site} has on the other prompts; choose another Site, "
             "or prompts that differ in what the metric measures"
         )
-    change = difference(own.codes, other.codes)
-    return Behaviour(target, sae, site, ids, metric, own, whole, change, base, goal)
+    return Behaviour(target, sae, site, ids, metric, own, whole, change_between(own, other), base, goal)
 
 
 def greedy_set(behaviour: Behaviour, *, size: int) -> SetCurve:
@@ -184,7 +187,8 @@ def _promise(behaviour: Behaviour, chosen: Int[Tensor, " m"]) -> Float[Tensor, "
         start = behaviour.vectors(chosen, all_but=False).requires_grad_()
         value = _value(behaviour.target, behaviour.written, behaviour.ids, behaviour.metric, start)
         gradient = torch.autograd.grad(value, start)[0]
-    promise = along_decoder(change, gradient.flatten(0, 1).to(behaviour.sae.b_dec), behaviour.sae) * upwards
+    gradient = gradient.flatten(0, 1).to(behaviour.sae.b_dec)
+    promise = along_decoder(change, gradient, behaviour.sae, behaviour.rows) * upwards
     of_feature = promise.new_full((change.n_features,), -torch.inf)
     of_feature[change.features] = 0.0
     return of_feature.index_add_(0, change.features, promise)

@@ -18,6 +18,9 @@ from saekit.patching.tokens import TokenMask
 from saekit.targets import Target
 from saekit.targets.taps import evaluating
 
+# over what a model's generation_config may ask for
+_NO_PENALTIES = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -25,7 +28,8 @@ class Sampling:
 
     Attributes:
         new_tokens: at most this many; a text may end before.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0 takes the likeliest token each time; whatever else the model's own settings would do to the
+            choice (penalties, beams, cuts of the distribution) is off.
         seed: of the draws; the same for every text, so that texts differ by the intervention alone.
     """
 
@@ -112,9 +116,9 @@ def generate(target: Target, prompt: Int[Tensor, " context"], sampling: Sampling
             f"that {target.name} reads; shorten the prompt or ask for fewer"
         )
     ids = prompt[None].to(target.device)
-    chance: dict[str, Any] = {"do_sample": False}
+    chance: dict[str, Any] = {"do_sample": False, **_NO_PENALTIES}
     if sampling.temperature > 0:
-        chance = {"do_sample": True, "top_k": 0, "temperature": sampling.temperature}
+        chance |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": sampling.temperature}
     model: Any = target.model
     pad = getattr(target.tokenizer, "pad_token_id", None)
     with torch.random.fork_rng(devices=[]), evaluating(target.model):

@@ -19,7 +19,16 @@ from saekit.patching.account import Account, Claims
 from saekit.patching.coordinates import columns_of, pairs_of, unit
 from saekit.patching.intervention import AllBut, Intervention, When
 from saekit.patching.operation import Add, Chosen
-from saekit.patching.splice import CodeEdit, Encoded, SAEs, Seen, place_saes, spliced, writing_site
+from saekit.patching.splice import (
+    CodeEdit,
+    Encoded,
+    SAEs,
+    Seen,
+    place_saes,
+    spliced,
+    unit_written,
+    writing_site,
+)
 from saekit.patching.tokens import Grid, TokenMask, grid_of
 from saekit.sae import SAE
 from saekit.targets import Site, Target
@@ -116,18 +125,22 @@ class _Run:
         return found[0]
 
     def placed(self) -> dict[Site, SAE]:
-        """Every SAE at the calls where it is needed: where features are edited, else where it was put."""
-        wanted: dict[Place, dict[int | None, Site]] = {}
+        """Every SAE where it was put, and at the other calls of that submodule where features are edited or read."""
+        placed = dict(self.saes)
         for intervention in self.interventions:
             sites = [intervention.site] if intervention.features is not None else []
             if intervention.when is not None:
                 sites.append(intervention.when.site or intervention.site)
             for site in sites:
-                wanted.setdefault(self.place(site), {})[site.call] = site
-        placed: dict[Site, SAE] = {}
-        for site, sae in self.saes.items():
-            calls = wanted.get(self.place(site), {site.call: site})
-            placed |= dict.fromkeys([calls[None]] if None in calls else calls.values(), sae)
+                here = [other for other in placed if self.place(other) == self.place(site)]
+                if {None, site.call} & {other.call for other in here}:
+                    continue
+                sae = self.sae_at(site)
+                if site.call is None:
+                    if any(placed[other] is not sae for other in here):
+                        continue  # each is edited where it is
+                    placed = {other: one for other, one in placed.items() if other not in here}
+                placed[site] = sae
         return placed
 
     def code_edits(self) -> dict[Site, CodeEdit]:
@@ -163,8 +176,8 @@ class _Run:
         if not len(pairs.old):
             return None
         row, column = (place.to(encoded.rows.device)[pairs.token] for place in grid.kept())
-        norm = encoded.rows.norm(dim=1)[pairs.token]
-        read = self.reader(number, encoded.sae, pairs.features)
+        norm = (encoded.rows.norm(dim=1) / unit_written(encoded.sae, encoded.rows))[pairs.token]
+        read = self.reader(number, encoded.rows.shape[1], encoded.sae, pairs.features)
         chosen = Chosen(row, column + grid.past, norm, grid.draw, read)
         change = (intervention.operation(pairs.old, chosen) - pairs.old).reshape(-1)
         token, feature = pairs.address()
@@ -176,11 +189,16 @@ class _Run:
         self.account.deeds[number].changed += len(changed)
         return token, feature, change
 
-    def reader(self, number: int, sae: SAE | None, features: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def reader(self, number: int, width: int, sae: SAE | None, features: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Coordinates of activations from elsewhere; a pool that the operation keeps is read once."""
         intervention = self.interventions[number]
 
         def read(vectors: Tensor) -> Tensor:
+            if vectors.shape[-1] != width:
+                raise ShapeError(
+                    f"{intervention}: it was given vectors of {vectors.shape[-1]} numbers, the Site has {width}; read "
+                    "them at that Site"
+                )
             is_pool = vectors is getattr(intervention.operation, "vectors", None)
             if is_pool and number in self.pools:
                 return self.pools[number]
@@ -208,19 +226,27 @@ class _Run:
             grid = grid_of(x, site, self.passes, self.mask)
             rows = x.reshape(*grid.keep.shape, x.shape[-1])
             edited = torch.zeros_like(grid.keep)
+            seen = self.seen_now(self.place(site), grid)
+            came = x if seen is None or seen.x.shape != x.shape else seen.x  # before features were edited
+            norms = came.detach().float().reshape(rows.shape).norm(dim=-1)
             for number in numbers:
                 wanted = self.choose(number, grid, here=None)
                 if bool(wanted.any()):
-                    rows = rows.index_put((wanted,), self.changed_vectors(number, rows[wanted], wanted, grid).to(x))
+                    changed = self.changed_vectors(number, rows[wanted], norms[wanted], wanted, grid)
+                    rows = rows.index_put((wanted,), changed.to(x))
                     edited = edited | wanted
-            seen = self.seen_now(self.place(site), grid)
-            self.compare(site, x if seen is None else seen.x, rows, edited, grid)
+            self.compare(site, came, rows, edited, grid)
             return rows.view_as(x)
 
         return edit
 
     def changed_vectors(
-        self, number: int, rows: Float[Tensor, "n d_model"], wanted: Bool[Tensor, "batch context"], grid: Grid
+        self,
+        number: int,
+        rows: Float[Tensor, "n d_model"],
+        norm: Float[Tensor, " n"],
+        wanted: Bool[Tensor, "batch context"],
+        grid: Grid,
     ) -> Float[Tensor, "n d_model"]:
         intervention = self.interventions[number]
         direction = intervention.direction
@@ -232,8 +258,7 @@ class _Run:
         self.claims_at(grid, intervention.site).claim_vectors(intervention, wanted)
         row, column = wanted.nonzero(as_tuple=True)
         exact = rows.float()
-        norm = exact.norm(dim=1)
-        chosen = Chosen(row, column + grid.past, norm, grid.draw, self.reader(number, None, None))
+        chosen = Chosen(row, column + grid.past, norm, grid.draw, self.reader(number, rows.shape[1], None, None))
         if direction is None:
             changed = intervention.operation(exact, chosen)
         else:

@@ -115,8 +115,8 @@ class Intervention:
         """The tokens of one call that are meant, conditions apart.
 
         Raises:
-            SaekitError: a row that the batch does not have, or a masked token where positions or tokens
-                are named.
+            SaekitError: a row that the batch does not have, positions counted from 0 where rows begin with padding,
+                or a masked token where positions or tokens are named.
         """
         batch, context = grid.keep.shape
         wanted = torch.ones_like(grid.keep)
@@ -130,6 +130,11 @@ class Intervention:
         if self.steps is not None and grid.number not in self.steps:
             return torch.zeros_like(wanted)
         if self.positions is not None:
+            if grid.padded_in_front and max(self.positions) >= 0:
+                raise SaekitError(
+                    f"{self}: rows begin with padding, so position {max(self.positions)} is another column in each; "
+                    "pad on the right, run the rows one by one, or count from the end (-1)"
+                )
             chosen = torch.zeros_like(wanted)
             chosen[:, list(self.columns(context, grid.past).values())] = True
             wanted = wanted & chosen

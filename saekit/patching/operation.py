@@ -24,7 +24,7 @@ class Chosen:
     Attributes:
         row: `(n,)` which row of the batch each stands in.
         position: `(n,)` where, counted from the start of the text, what a cache holds included.
-        norm: `(n,)` length of each activation vector.
+        norm: `(n,)` length of each activation vector as it came to the Site, in units of the coordinates.
         draw: number of the draw, for operations that draw at random: the pass and call, made one number.
         read: turns activations `(m, d_model)` of the same Site into coordinates `(m, width)`.
     """
@@ -99,7 +99,7 @@ class Clamp:
 class Mean:
     """Ablation by the mean over activations `(n, d_model)` of the same Site, tokens that count only."""
 
-    vectors: Float[Tensor, "n d_model"]
+    vectors: Float[Tensor, "..."]
     keeps_zero: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class Resample:
     so they go together as they do in the pool.
     """
 
-    vectors: Float[Tensor, "n d_model"]
+    vectors: Float[Tensor, "..."]
     seed: int = 0
     keeps_zero: ClassVar[bool] = False
 
@@ -137,8 +137,15 @@ class ReplaceFrom:
     A batch of one serves every row.
     """
 
-    vectors: Float[Tensor, "batch context d_model"]
+    vectors: Float[Tensor, "..."]
     keeps_zero: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 3:
+            raise ShapeError(
+                f"ReplaceFrom got {tuple(self.vectors.shape)}; give activations of one call of the Site, "
+                "(batch, context, d_model), as Target.read gives them"
+            )
 
     def __call__(self, old: Tensor, chosen: Chosen) -> Tensor:
         batch, context, _ = self.vectors.shape
@@ -158,8 +165,9 @@ class Add:
     """`amount` more: to a feature's strength, or along a direction of unit length (steering).
 
     Attributes:
-        amount: in units of the activations; may be negative.
-        relative: `amount` is a share of each token's norm instead.
+        amount: in units of the activations, or of the codes where features of an SAE with LayerNorm or ConstantNorm are
+            named; may be negative.
+        relative: `amount` is a share of each token's norm instead, for features with decoder rows of length 1.
         keep_norm: the vector is scaled back to the norm it had; for directions only.
     """
 
@@ -183,5 +191,7 @@ def _check_finite(name: str, number: float) -> None:
 
 
 def _check_some(name: str, vectors: Tensor) -> None:
-    if len(vectors) == 0:
-        raise ShapeError(f"{name} got no vectors; give activations of the Site, (n, d_model) with n of at least 1")
+    if vectors.ndim != 2 or len(vectors) == 0:
+        raise ShapeError(
+            f"{name} got {tuple(vectors.shape)}; give activations of the Site, (n, d_model) with n of at least 1"
+        )

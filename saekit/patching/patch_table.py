@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saekit.activations.mask import MaskPolicy
 from saekit.errors import FileError, SaekitError
-from saekit.patching.attribution import difference
+from saekit.patching.attribution import change_between
 from saekit.patching.effects import Candidates, Prompts, check_same_places, exact_effects, metric_of, read_prompts
 from saekit.patching.effects_file import fingerprint
 from saekit.patching.metric import Metric
@@ -75,9 +75,11 @@ def patch_features(
         raise SaekitError("resume needs to know from where; pass unfinished=")
     placed, tokens = place_saes(saes), TokenMask.of(target, mask)
     about = {f"{i}": f"{site} {fingerprint(sae)}" for i, (site, sae) in enumerate(placed.items())}
-    given = {"ids": ids, "other_ids": other_ids, "batch_rows": torch.tensor(batch_rows)}
+    if unfinished is not None:  # before any work
+        check_unfinished(unfinished, resume=resume)
+    values = torch.stack([metric_of(target, side, metric) for side in (ids, other_ids)])
+    given = {"ids": ids, "other_ids": other_ids, "batch_rows": torch.tensor(batch_rows), "metric": values}
     keeper = None if unfinished is None else _Keeper(unfinished, about, given, resume=resume)
-    total = metric_of(target, other_ids, metric) - metric_of(target, ids, metric)
     tables: dict[Site, PatchTable] = {}
     try:
         for number, (site, sae) in enumerate(placed.items()):
@@ -94,7 +96,7 @@ def patch_features(
                 target, sae, site, ids, metric, at,
                 other=other, mask=tokens, batch_rows=batch_rows, after=after, on_batch=keep,
             )  # fmt: skip
-            tables[site] = PatchTable(at, effect, total)
+            tables[site] = PatchTable(at, effect, values[1] - values[0])
         _check_some(tables)
     except BaseException:
         if keeper is not None and keeper.done:
@@ -107,8 +109,7 @@ def patch_features(
 
 def _differing(own: Prompts, other: Prompts) -> Candidates:
     """Every place that counts where a feature's strength is not the same."""
-    change = difference(own.codes, other.codes)
-    change = change.where(own.grid.keep.flatten()[change.token_of_entry()] & (change.values != 0))
+    change = change_between(own, other).active()
     token, context = change.token_of_entry().cpu(), own.grid.keep.shape[1]
     return Candidates(token // context, token % context, change.features.cpu())
 
@@ -124,7 +125,7 @@ class _Keeper:
     """Effects so far, by the number of their Site, and the file that they are written to."""
 
     def __init__(self, path: Path, about: Mapping[str, str], given: Mapping[str, Tensor], *, resume: bool):
-        self._path, self._about, self._given = check_unfinished(path, resume=resume), about, given
+        self._path, self._about, self._given = path, about, given
         self.done: dict[str, Tensor] = self._read() if resume else {}
         self._saved_at = time.monotonic()
 
@@ -140,12 +141,19 @@ class _Keeper:
     def _read(self) -> dict[str, Tensor]:
         try:
             tensors, about = read_state(self._path)
-            same = about == self._about and all(torch.equal(tensors[n], one) for n, one in self._given.items())
+            same = about == self._about and all(_same(tensors[name], one) for name, one in self._given.items())
         except (OSError, SafetensorError, KeyError) as error:
             raise FileError(f"{self._path} cannot be read ({error}); delete it to start anew") from error
         if not same:
             raise FileError(
-                f"{self._path} is about other prompts, SAEs, Sites or batches; give the same, or delete it "
-                "to start anew"
+                f"{self._path} is about another model or metric, or other prompts, SAEs, Sites or batches; "
+                "give the same, or delete it to start anew"
             )
         return {name: tensor for name, tensor in tensors.items() if name not in self._given}
+
+
+def _same(kept: Tensor, now: Tensor) -> bool:
+    """Whether two are equal; what a model computes, up to what another number of threads may change."""
+    if kept.shape != now.shape:
+        return False
+    return torch.allclose(kept, now, rtol=1e-4, atol=1e-5) if now.is_floating_point() else torch.equal(kept, now)

@@ -247,6 +247,12 @@ def write(codes: SparseCodes, sae: SAE, rows: Float[Tensor, "n_tokens d_model"])
     return restore(written, rows) - restore(torch.zeros_like(written), rows)
 
 
+def unit_written(sae: SAE, rows: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, " n_tokens"]:
+    """How much of its decoder row a feature of strength 1 writes into each of the activations."""
+    restore, one = sae.cfg.normalisation.restore, rows.new_ones(len(rows), 1)
+    return (restore(one, rows) - restore(torch.zeros_like(one), rows))[:, 0]
+
+
 def run_with_saes(
     target: Target,
     batch: Int[Tensor, "batch context"] | Tensor,

@@ -48,6 +48,7 @@ class Grid:
         past: position of the first column; more than 0 where a cache holds what came before.
         number: which forward pass of the context, from 0; under `generate`, 0 reads the prompt.
         call: which call of the submodule in that pass.
+        padded_in_front: whether a row of this pass begins with padding, so that columns are not positions in its text.
     """
 
     keep: Bool[Tensor, "batch context"]
@@ -55,6 +56,7 @@ class Grid:
     past: int
     number: int
     call: int
+    padded_in_front: bool = False
 
     @property
     def draw(self) -> int:
@@ -86,15 +88,18 @@ def grid_of(x: Tensor, site: Site, passes: Passes, mask: TokenMask) -> Grid:
     else:
         shape, ids = given.ids.shape, given.ids.to(x.device)
     keep = torch.ones(shape, dtype=torch.bool, device=x.device)
+    in_front = False
     if ids is not None:
         pad = mask.pad if given.attended is None else None
         rows = TokenRows.from_ids(ids, bos=mask.bos, pad=pad)
         keep = mask.policy.keep(rows, ids, on_grid(x.detach().float(), ids, site))
         if given.attended is not None and mask.policy.drop_padding:
             keep = keep & given.attended.to(x.device)
+        attended = given.attended if given.attended is not None else torch.ne(ids, -1 if pad is None else pad)
+        in_front = not bool(attended[:, :1].all())
     elif mask.policy.max_norm is not None:
         keep = x.detach().float().norm(dim=-1).reshape(shape) <= mask.policy.max_norm
-    return Grid(keep, ids, given.past, passes.number, passes.call)
+    return Grid(keep, ids, given.past, passes.number, passes.call, in_front)
 
 
 def _needs_ids(mask: TokenMask) -> bool:
