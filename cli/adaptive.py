@@ -17,7 +17,16 @@ _LONG = ("budgets", "greedy", "controls", "split_oracle", "nats_by_chance_of_big
 _APART = ("tokens", "explained", "questions")
 
 # flags that would otherwise be passed over in silence
-_ONLY_FOR = {"seed": "train", "resume": "train", "speed": "report", "questions": "report"}
+_ONLY_FOR = {
+    "out": ("train", "trace"),
+    "seed": ("train",),
+    "resume": ("train",),
+    "rows": ("train", "report"),
+    "speed": ("report",),
+    "explain": ("report",),
+    "questions": ("report",),
+}
+_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +53,13 @@ class Adaptive:
     input: Annotated[str | None, tyro.conf.Positional] = None
     """For trace."""
     out: Path | None = None
-    """Folder that train writes (NAME in the current folder if not given), or the page of trace (NAME-trace.html)."""
+    """Folder that train writes (NAME-SEED in the current folder if not given), or page of trace (NAME-trace.html)."""
     seed: int = 0
     """Of train: weights, data order, and how the digits are divided."""
     resume: bool = False
     """Let train go on from where an earlier run for the same folder stopped."""
-    rows: int = 16
-    """Rows of held-out text that duo-llm is measured on; a-vit is measured on all test digits."""
+    rows: int | None = None
+    """Rows of held-out text that duo-llm is measured on (16 if not given); the others have test sets of their own."""
     speed: bool = False
     """Let report also time: a-vit with halted patches really removed, a step of rin beside one with full attention."""
     explain: int | None = None
@@ -70,12 +79,11 @@ class Adaptive:
             raise SaekitError(
                 f"saekit adaptive {self.do} takes {'an' if self.do == 'trace' else 'no'} INPUT; see --help for examples"
             )
-        if self.explain is not None and self.do != "report":
-            raise SaekitError(f"--explain is for saekit adaptive report; leave it out of {self.do}")
-        for flag, verb in _ONLY_FOR.items():
-            if getattr(self, flag) and self.do != verb:
-                raise SaekitError(f"--{flag} is for saekit adaptive {verb}; leave it out of {self.do}")
-        if self.rows < 1:
+        for flag, verbs in _ONLY_FOR.items():
+            given = getattr(self, flag)
+            if given is not None and given is not False and (flag != "seed" or given) and self.do not in verbs:
+                raise SaekitError(f"--{flag} is for saekit adaptive {' and '.join(verbs)}; leave it out of {self.do}")
+        if self.rows is not None and self.rows < 1:
             raise SaekitError(f"--rows {self.rows} reads nothing; give at least 1")
         facts = {"train": self.train, "report": self.report, "trace": self.trace}[self.do]()
         write_facts(facts, as_json=self.json, text=lambda: as_text(facts))
@@ -85,14 +93,18 @@ class Adaptive:
         from saekit.adaptive.kinds import kind_of, train_kind
 
         kind = kind_of(self.name)
+        self.check_rows(kind.name)
         stages = kind.recipe(self.seed).stages
-        out = self.out or Path(self.name)
+        # not the name alone, which stands for the bundled model
+        out = self.out or Path(f"{self.name}-{self.seed}")
         with Progress(f"training {self.name}", sum(stage.steps for stage in stages), unit="step") as progress:
 
             def follow(report: Any) -> None:
                 progress.to(report["done"], f"{report['stage']}, loss {report['loss']:.3f}")
 
-            saved = train_kind(self.name, out, seed=self.seed, rows=self.rows, resume=self.resume, on_report=follow)
+            saved = train_kind(
+                self.name, out, seed=self.seed, rows=self.rows or _ROWS, resume=self.resume, on_report=follow
+            )
         return {"model": str(out), **saved.facts}
 
     def report(self) -> dict[str, Any]:
@@ -102,12 +114,13 @@ class Adaptive:
 
         saved = load_adaptive(self.name)
         kind = KINDS[saved.kind]
+        self.check_rows(saved.kind)
         # refused before minutes of work, not after
         if self.speed and saved.kind not in ("a-vit", "rin"):
             raise SaekitError("--speed is for a-vit and rin, whose cost is what they are about; leave it out")
         if self.explain is not None:
             kind.target(saved).step(self.explain)
-        facts = {"model": self.name, **kind.measure(saved, self.rows)}
+        facts = {"model": self.name, **kind.measure(saved, self.rows or _ROWS)}
         if self.explain is not None:
             from saekit.adaptive.explain import explain_step
 
@@ -115,6 +128,12 @@ class Adaptive:
         if self.questions:
             facts["questions"] = kind.ask(saved)
         return facts | (self.timed(saved) if self.speed else {})
+
+    def check_rows(self, kind: str) -> None:
+        from saekit.errors import SaekitError
+
+        if self.rows is not None and kind != "duo-llm":
+            raise SaekitError(f"--rows is for duo-llm, which reads text; leave it out of {kind}")
 
     def timed(self, saved: "Saved") -> dict[str, float]:
         from saekit.adaptive.a_vit import AViT
@@ -128,7 +147,7 @@ class Adaptive:
         return measure_speed(saved.model, digits.test_images(saved.model.config.image)[:64])
 
     def trace(self) -> dict[str, Any]:
-        from saekit.adaptive.inputs import read_input
+        from saekit.adaptive.inputs import encode_text, read_input
         from saekit.adaptive.kinds import KINDS
         from saekit.adaptive.picture import write_pictures
         from saekit.adaptive.saved import load_adaptive
@@ -139,9 +158,12 @@ class Adaptive:
         image = {"a-vit": lambda: batch[0, 0], "rin": lambda: trace.more["pictures"][0, 0]}.get(
             saved.kind, lambda: None
         )()
-        out = self.out or Path(f"{saved.kind}-trace.html")
+        out = self.out or Path(f"{Path(self.name).expanduser().resolve().name}-trace.html")
         write_pictures(out, f"{self.name}: {str(self.input)[:60]}", [trace.picture(0, image=image)])
         facts: dict[str, Any] = {"model": self.name, "page": str(out), "mac_ratio": float(trace.mac_ratio[0])}
+        facts["counted"] = trace.counted
+        if saved.kind == "duo-llm":
+            facts["tokens_left_out"] = len(encode_text(str(self.input))) - batch.shape[1]
         facts |= {f"{option}_by_step": trace.share(option).tolist() for option in trace.options}
         if saved.kind in ("a-vit", "adatape"):
             facts["says"] = int(trace.more["logits"][0].argmax())

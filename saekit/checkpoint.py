@@ -28,7 +28,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,21 +104,28 @@ def save(
     Raises:
         FileError: if there is no space or no right to write there, or something other than an SAE is there.
     """
-    check_writable(folder, weights_file=weights_file)
+    check_writable(folder, files=(CONFIG_FILE, weights_file))
     with written_whole(folder) as beside:
         (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / weights_file)
-        (beside / weights_file).chmod(0o644)  # safetensors makes it private
+        write_tensors(beside / weights_file, tensors)
 
 
-def check_writable(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> None:
-    """Find out before hours of work, not after, that `save` cannot write here.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that everyone may read."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def check_writable(
+    folder: Path, *, files: Collection[str] = (CONFIG_FILE, WEIGHTS_FILE), holds: str = "an SAE"
+) -> None:
+    """Find out before hours of work, not after, that a folder of these files cannot be written here.
 
     Raises:
         FileError: if there is no right to, or if replacing the folder would delete other files in it.
     """
     try:
-        others = {path.name for path in folder.iterdir()} - {CONFIG_FILE, weights_file} if folder.exists() else set()
+        others = {path.name for path in folder.iterdir()} - set(files) if folder.exists() else set()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
@@ -126,7 +133,7 @@ def check_writable(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> None:
         raise FileError(f"cannot write {folder}: {error.strerror}; choose a place you may write to") from error
     if others:
         raise FileError(
-            f"{folder} holds more than an SAE ({', '.join(sorted(others)[:3])}), which saving would delete; "
+            f"{folder} holds more than {holds} ({', '.join(sorted(others)[:3])}), which saving would delete; "
             "give a new or empty folder"
         )
 

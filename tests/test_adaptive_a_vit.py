@@ -12,6 +12,7 @@ from torch import nn
 from saekit.adaptive.a_vit import AViT, AViTConfig
 from saekit.adaptive.a_vit_gathered import run_packed, run_padded
 from saekit.adaptive.a_vit_losses import ponder_loss, prior_loss, target_depths, target_depths_of_code
+from saekit.adaptive.a_vit_report import early_exit
 from saekit.adaptive.deciding import a_vit_target
 from saekit.adaptive.interventions import Force, Replay, Shift, Where, deciding, shuffled, trace_with
 from saekit.errors import SaekitError, ShapeError
@@ -249,6 +250,17 @@ def test_macs_are_what_the_linear_maps_and_patterns_multiply():
     trace = trace_with(a_vit_target(model), images_of(1), [Force("go on")])
     assert trace.full_macs == 4 * per_layer + 16 * 4 * d + d * 10
     assert trace.mac_ratio.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("mac_ratio, layer", [(0.01, 0), (0.26, 1), (0.999, 3), (1.0, 3)])
+def test_an_early_exit_is_the_first_layer_that_costs_as_much_without_any_choice(mac_ratio, layer):
+    model, images = a_vit_of(), images_of(30)
+    labels = model.classify(model(images, halts=False).states[:, layer]).argmax(1)
+    found = early_exit(model, images, labels, mac_ratio=mac_ratio)
+    ends = 16 * 4 * 16 + 16 * 10
+    per_layer = (4 + 8) * 17 * 16**2 + 2 * 17**2 * 16
+    assert found["early_exit_mac_ratio"] == pytest.approx(((layer + 1) * per_layer + ends) / (4 * per_layer + ends))
+    assert found["early_exit_accuracy"] == 1
 
 
 def test_the_poisson_prior_is_least_where_scores_are_the_prior_and_the_code_prior_is_blind_to_size():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saekit.adaptive import Force, Where, harvest, trace_with
+from saekit.adaptive import Force, Shift, Where, harvest, trace_with
 from saekit.adaptive.adatape import AdaTape, AdaTapeConfig
 from saekit.adaptive.adatape_recipe import AdaTapeRecipe, parity, sequences
 from saekit.adaptive.deciding import adatape_target
@@ -182,6 +182,22 @@ def test_the_tape_can_be_forced_to_a_length():
     assert (clean.mac_ratio < 1).any()
     with pytest.raises(SaekitError, match="step 5 of adatape has no free decision; they are 0 to 4"):
         trace_with(target, symbols, [Force("halt", Where(steps=(5,)))])
+
+
+@pytest.mark.parametrize("amount", [-0.2, 0.2])
+def test_a_shift_of_the_sum_is_another_threshold(amount):
+    """Of the same number of entries at once; a shift at one step leaves the sums of the others."""
+    of_tau = {tau: adatape_target(model_of(replace(CONFIG, tau=tau))) for tau in (1.75, 1.75 - amount)}
+    target, other = of_tau.values()
+    symbols = symbols_of(200)
+    clean, shifted = target.trace(symbols), trace_with(target, symbols, [Shift(amount)])
+    assert torch.equal(shifted.depth, other.trace(symbols).depth)
+    assert not torch.equal(shifted.depth, clean.depth)
+    alone = trace_with(target, symbols, [Shift(amount, Where(steps=(0,)))])
+    both = (torch.minimum(alone.depth, clean.depth) > 1)[:, 0]
+    assert bool(both.any())
+    torch.testing.assert_close(alone.score[both, 0], clean.score[both, 0] + amount)
+    torch.testing.assert_close(alone.score[both, 1], clean.score[both, 1])
 
 
 def test_what_queries_are_can_be_harvested_by_step():

@@ -1,6 +1,7 @@
 """`saekit adaptive`: train, report and trace, on the bundled models and on what users type."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,11 @@ from adaptive_models import duo_of, ids_of
 from saekit.adaptive import duo_target, kinds
 from saekit.adaptive.a_vit_recipe import AViTRecipe
 from saekit.adaptive.adatape_recipe import AdaTapeRecipe
-from saekit.adaptive.inputs import read_image, read_symbols
+from saekit.adaptive.inputs import encode_text, read_image, read_symbols
 from saekit.adaptive.picture import write_pictures
-from saekit.adaptive.saved import ASSETS, KINDS, load_adaptive
+from saekit.adaptive.saved import ASSETS, KINDS, load_adaptive, save_adaptive
 from saekit.adaptive.telling import auc
-from saekit.errors import SaekitError
+from saekit.errors import FileError, SaekitError
 from saekit_cli.main import main
 
 BUNDLED = [kind for kind in KINDS if (ASSETS / kind).is_dir()]
@@ -86,7 +87,10 @@ def test_text_that_looks_like_html_is_shown_as_text(tmp_path):
         (("report", "a-vti"), "no adaptive model or folder named 'a-vti'"),
         (("train", "vit"), "no kind of adaptive model named 'vit'"),
         (("trace", "a-vit", "nowhere.png"), "no image at nowhere.png; give a file, or the number of a test digit"),
-        (("report", "a-vit", "--rows", "0"), "reads nothing"),
+        (("report", "duo-llm", "--rows", "0"), "reads nothing"),
+        (("report", "a-vit", "--rows", "7"), "--rows is for duo-llm, which reads text; leave it out of a-vit"),
+        (("trace", "duo-llm", "x", "--rows", "7"), "--rows is for saekit adaptive train and report; leave it out of"),
+        (("report", "adatape", "--out", "x"), "--out is for saekit adaptive train and trace; leave it out of report"),
         (("report", "duo-llm", "--speed"), "--speed is for a-vit and rin, whose cost is what they are about"),
         (("trace", "a-vit", "17", "--explain", "0"), "--explain is for saekit adaptive report; leave it out of trace"),
         (("trace", "a-vit", "17", "--speed"), "--speed is for saekit adaptive report; leave it out of trace"),
@@ -134,6 +138,41 @@ def test_symbols_are_read_in_both_spellings():
     assert torch.equal(read_symbols("1 0 -1"), read_symbols("10-"))
     with pytest.raises(SaekitError, match="is no sequence of symbols"):
         read_symbols("12")
+
+
+@pytest.mark.parametrize("text", ["深" * 150, "x" * 100_000, "a\0b"], ids=["CJK", "long", "zero byte"])
+def test_a_text_that_no_file_could_be_called_is_a_text(capsys, tmp_path, text):
+    code, out, _ = run(capsys, "trace", "duo-llm", text, "--out", tmp_path / "t.html", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["tokens_left_out"] == len(encode_text(text)) - len(facts["tokens"])
+    assert facts["counted"] == "the feed-forwards' multiplications"
+
+
+def test_a_trace_is_written_where_one_is(capsys, tmp_path, monkeypatch):
+    shutil.copytree(ASSETS / "adatape", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "trace", "./mine", "10-110-0011-0101")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine-trace.html"]
+    code, _, err = run(capsys, "trace", "./mine", "10-110-0011-0101", "--out", ".")
+    assert code == 1 and err.count("\n") == 1 and "choose a file" in err
+
+
+def test_saving_deletes_nothing_else_and_everyone_may_read_it(tmp_path):
+    saved = load_adaptive("adatape")
+    (tmp_path / "notes.txt").write_text("mine")
+    for write in (lambda: save_adaptive(saved, tmp_path), lambda: kinds.train_kind("adatape", tmp_path)):
+        with pytest.raises(FileError, match=r"holds more than an adaptive model \(notes\.txt\), which saving would"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    save_adaptive(saved, tmp_path / "tape")
+    save_adaptive(saved, tmp_path / "tape")  # in the place of one
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "tape").iterdir()} == {"0o644"}
+
+
+def test_a_date_is_a_seed():
+    recipe = AdaTapeRecipe(seed=20_261_128, length=8, longest=4, batch=8, steps=3)
+    first, second = (recipe.loss(recipe.build(), recipe.stages[0], step)[0] for step in (0, 1))
+    assert torch.isfinite(first) and not torch.equal(first, second)
 
 
 def test_a_model_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):

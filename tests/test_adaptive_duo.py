@@ -220,4 +220,5 @@ def test_macs_are_those_of_the_feed_forwards_that_ran():
     n_bigs = (trace.decision == BIG).sum((1, 2))
     assert torch.equal(trace.macs, (n_bigs * big + (30 - n_bigs) * small).float())
     assert trace.full_macs == 30 * big
+    assert "of the feed-forwards&#x27; multiplications" in trace.picture(0)
     torch.testing.assert_close(layer_usage(trace.decision.transpose(1, 2)), trace.share("big"))

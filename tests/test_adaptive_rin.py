@@ -251,6 +251,14 @@ def test_a_target_says_which_patches_each_step_read_more_than_their_share():
         target.step(4)
 
 
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_what_ddpm_adds_to_a_picture_goes_by_its_number(variance):
+    target = rin_target(model_of(), Sampling(steps=3, sampler="ddpm", variance=variance))
+    made = target.target.run(torch.tensor([3, 13, 4]))
+    torch.testing.assert_close(target.target.run(torch.tensor([4]))[0], made[2], rtol=0, atol=1e-5)
+    assert not torch.equal(made[0], made[1])
+
+
 def test_a_number_is_a_class_and_a_noise_whatever_else_is_in_the_batch():
     target = rin_target(model_of(), Sampling(steps=3))
     made = target.target.run(torch.tensor([3, 13, 4, 23]))

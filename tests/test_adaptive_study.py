@@ -55,7 +55,7 @@ def test_a_study_trains_what_is_missing_and_writes_a_table_and_pictures(tmp_path
 def test_the_table_has_mean_and_extremes_and_names_what_is_nested():
     facts = {"a": 1.0, "deep": {"b": 2}, "list": [1, 2], "none": None, "budgets": [{"budget": 3, "oracle": 0.5}]}
     numbers = study.numbers_of(facts)
-    assert numbers == {"a": 1.0, "deep.b": 2, "budget 3.oracle": 0.5}
+    assert numbers == {"a": 1.0, "deep.b": 2, "list.0": 1, "list.1": 2, "budget 3.oracle": 0.5}
     assert study.table([numbers, {**numbers, "a": 3.0}])[2] == "| a | 2.000 | 1.000 | 3.000 |"
     # a number that not every seed has is that of the seeds that have it
     assert study.table([{"a": 1.0}, {"a": 3.0, "b": 5.0}])[3] == "| b | 5.000 | 5.000 | 5.000 |"

@@ -27,6 +27,13 @@ def test_a_model_that_is_never_sure_enough_is_itself(make):
     assert hooks(target.model) == 0
 
 
+def test_a_model_of_one_block_is_refused():
+    model = tiny_llama()
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(SaekitError, match="has one block, and the last may not be left; give a model of more"):
+        early_exit_target(Target.wrap(model))
+
+
 @MODELS
 def test_who_leaves_behind_the_first_block_is_read_out_there(make):
     target = Target.wrap(make())

@@ -19,7 +19,6 @@ from saekit.adaptive.saved import filled
 from saekit.adaptive.stages import Recipe
 
 Weights = Mapping[str, Mapping[str, Tensor]]
-HELD_OUT_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +27,12 @@ class Arm:
 
     Attributes:
         recipe: of a seed.
-        measure: numbers, from the weights of the recipe's stages.
+        measure: numbers, from the weights of the recipe's stages, and rows of held-out text for models of text.
         needs: a file without which it is left out.
     """
 
     recipe: Callable[[int], Recipe]
-    measure: Callable[[Recipe, Weights], Mapping[str, float]]
+    measure: Callable[[Recipe, Weights, int], Mapping[str, float]]
     needs: Path | None = None
 
 
@@ -41,7 +40,7 @@ def tape_arm(task: str, model: str) -> Arm:
     def recipe(seed: int) -> BaselineRecipe:
         return BaselineRecipe(task=task, model=model, seed=seed)  # pyright: ignore[reportArgumentType]
 
-    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+    def measure(made: Recipe, weights: Weights, rows: int) -> Mapping[str, float]:
         assert isinstance(made, BaselineRecipe)
         return measure_baseline(made, filled(made.build(), weights[made.stages[0].name]))
 
@@ -49,7 +48,7 @@ def tape_arm(task: str, model: str) -> Arm:
 
 
 def rin_arm(*, rate: float = 0.9, full_layers: int | None = None) -> Arm:
-    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+    def measure(made: Recipe, weights: Weights, rows: int) -> Mapping[str, float]:
         assert isinstance(made, RINRecipe)
         model = made.build()
         filled(model, weights[DENOISING])
@@ -61,7 +60,7 @@ def rin_arm(*, rate: float = 0.9, full_layers: int | None = None) -> Arm:
 
 
 def sweep_arm() -> Arm:
-    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+    def measure(made: Recipe, weights: Weights, rows: int) -> Mapping[str, float]:
         assert isinstance(made, AViTSweep)
         return measure_sweep(made, weights)
 
@@ -69,7 +68,7 @@ def sweep_arm() -> Arm:
 
 
 def a_vit_arm(recipe: Callable[[int], AViTRecipe], *, needs: Path | None = None) -> Arm:
-    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+    def measure(made: Recipe, weights: Weights, rows: int) -> Mapping[str, float]:
         assert isinstance(made, AViTRecipe)
         return measure_images(made, weights)
 
@@ -77,9 +76,9 @@ def a_vit_arm(recipe: Callable[[int], AViTRecipe], *, needs: Path | None = None)
 
 
 def duo_arm(way: Way) -> Arm:
-    def measure(made: Recipe, weights: Weights) -> Mapping[str, float]:
+    def measure(made: Recipe, weights: Weights, rows: int) -> Mapping[str, float]:
         assert isinstance(made, DuoBaseline)
-        return measure_duo_baseline(made, weights, load_once(made.of.context).held_out.ids[:HELD_OUT_ROWS])
+        return measure_duo_baseline(made, weights, load_once(made.of.context).held_out.ids[:rows])
 
     return Arm(recipe=lambda seed: DuoBaseline(of=DuoRecipe(seed=seed), way=way), measure=measure)
 

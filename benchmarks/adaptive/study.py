@@ -30,25 +30,26 @@ TESTS = ("adaptive_*", "training", "losses", "selection")
 
 
 def trained(kind: str, seed: int, out: Path, *, rows: int) -> Mapping[str, Any]:
-    """The facts of one model, which is trained if it is not there yet."""
+    """The facts of one model, which is trained if it is not there yet, and of text measured on so many rows."""
     folder = out / f"{kind}-{seed}"
     if not folder.is_dir():
         note(f"{kind}, seed {seed}")
         unfinished = (out / f"{kind}-{seed}.training" / STATE_FILE).exists()
         train_kind(kind, folder, seed=seed, rows=rows, resume=unfinished)
-    return load_adaptive(folder, kind=kind).facts
+    saved = load_adaptive(folder, kind=kind)
+    return saved.facts if saved.facts.get("rows", rows) == rows else KINDS[kind].measure(saved, rows)
 
 
-def arm_numbers(kind: str, name: str, seed: int, out: Path) -> Mapping[str, float]:
-    """The numbers of one arm, which is trained if it is not there yet."""
-    kept = out / f"{kind}-{name}-{seed}.json"
+def arm_numbers(kind: str, name: str, seed: int, out: Path, *, rows: int) -> Mapping[str, float]:
+    """The numbers of one arm, which is trained if it is not there yet with so many rows of text to measure it on."""
+    kept = out / f"{kind}-{name}-{seed}{f'-{rows}' if kind == 'duo-llm' else ''}.json"
     if not kept.exists():
         note(f"{kind}, held against {name}, seed {seed}")
         arm, beside = ARMS[kind][name], out / f"{kind}-{name}-{seed}.training"
         recipe = arm.recipe(seed)
         weights = train_stages(recipe, beside, resume=(beside / STATE_FILE).exists())
         partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(arm.measure(recipe, weights)))
+        partial.write_text(json.dumps(arm.measure(recipe, weights, rows)))
         partial.rename(kept)
         (beside / STATE_FILE).unlink(missing_ok=True)
     return json.loads(kept.read_text())
@@ -77,6 +78,8 @@ def numbers_of(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif name == "budgets":
             for row in value:
                 found |= numbers_of({k: v for k, v in row.items() if k != "budget"}, f"budget {row['budget']}.")
+        elif isinstance(value, list):
+            found |= numbers_of({str(number): one for number, one in enumerate(value)}, f"{prefix}{name}.")
         elif isinstance(value, int | float):
             found[f"{prefix}{name}"] = value
     return found
@@ -112,7 +115,7 @@ def study(
                 note(f"{kind} without {name}: there is no {arm.needs}")
             else:
                 lines += ["", f"### {kind}, held against {name}", ""]
-                lines += table([arm_numbers(kind, name, seed, out) for seed in seeds])
+                lines += table([arm_numbers(kind, name, seed, out, rows=rows) for seed in seeds])
         asked = [answers(kind, seed, out) for seed in seeds] if questions else [{}]
         for question in dict.fromkeys(question for of_seed in asked for question in of_seed):
             lines += ["", f"### {kind}: {question}", "", *table([of_seed.get(question, {}) for of_seed in asked])]

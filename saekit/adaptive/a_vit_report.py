@@ -26,15 +26,16 @@ def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> di
     """Facts on the test images of what the model was trained with.
 
     depth_auc is how well depth tells patches with ink from those without. shuffled_accuracy gives each image the
-    depth map of another (mean of several shuffles): the same compute elsewhere. early_exit_accuracy classifies the
-    class token of the layer nearest to the mean depth, which costs about as much without any choice.
+    depth map of another (mean of several shuffles): the same compute elsewhere. early_exit_accuracy and
+    early_exit_mac_ratio are of the same model without any choice: all tokens go on until the first layer by which at
+    least as much has been multiplied, and its class token is classified. unanswered_by_layer is the share of class
+    tokens that enter each layer.
     """
     images, labels = data.test_images(model.config.image), data.test_labels
     target = a_vit_target(model)
     trace = target.trace(images)
     inked = foreground(images, model.config.patch)
     depth = trace.depth[:, trace.extra :].float()
-    layer = max(1, round(float(trace.depth.float().mean()))) - 1
     facts: dict[str, Any] = {
         "test_images": len(images),
         "accuracy": accuracy(trace.more["logits"], labels),
@@ -48,11 +49,25 @@ def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> di
         "depth_auc": auc(depth.flatten(), inked.flatten()),
         "full_depth_accuracy": accuracy(trace_with(target, images, [Force("go on")]).more["logits"], labels),
         "shuffled_accuracy": _shuffled_accuracy(target, trace, images, labels),
-        "early_exit_accuracy": accuracy(trace.more["class_logits"][:, layer], labels),
+        **early_exit(model, images, labels, mac_ratio=float(trace.mac_ratio.mean())),
         "live_per_block": trace.live.sum(2).float().mean(0).tolist(),
-        "answered_by_layer": trace.live[:, :, 0].float().mean(0).tolist(),
+        "unanswered_by_layer": trace.live[:, :, 0].float().mean(0).tolist(),
     }
     return facts | _by_class(trace, labels)
+
+
+@torch.no_grad()
+def early_exit(model: AViT, images: Tensor, labels: Tensor, *, mac_ratio: float) -> dict[str, float]:
+    """All tokens as far as the first layer that costs at least `mac_ratio`, and the class token as it is there."""
+    tokens, layers = model.config.tokens, model.config.layers
+    entered = torch.ones(layers, layers).tril() * tokens  # (leaves behind layer, layer)
+    ratios = model.macs(entered) / model.macs(entered[-1:])
+    layer = int((ratios >= mac_ratio).nonzero()[0])
+    states = model(images, halts=False).states
+    return {
+        "early_exit_accuracy": accuracy(model.classify(states[:, layer]), labels),
+        "early_exit_mac_ratio": float(ratios[layer]),
+    }
 
 
 def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:

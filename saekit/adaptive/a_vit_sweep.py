@@ -18,6 +18,8 @@ from saekit.adaptive.stages import Stage
 class AViTSweep:
     """The stages of `of`, with one halting stage per setting; all halting stages see the same images in the same order.
 
+    All borrow the channel that is chosen for `of`, so that they differ in nothing but the setting.
+
     Attributes:
         settings: pairs of mean depth asked for and weight of the ponder loss.
     """
@@ -32,7 +34,7 @@ class AViTSweep:
 
     @property
     def by_name(self) -> dict[str, AViTRecipe]:
-        """The recipe of each halting stage."""
+        """What each halting stage minimises."""
         return {
             f"target {target:g}, ponder {weight:g}": replace(self.of, target=target, ponder_weight=weight)
             for target, weight in self.settings

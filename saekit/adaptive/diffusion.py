@@ -5,7 +5,7 @@ that sampling may use another schedule than training. Known from the authors' co
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -111,12 +111,21 @@ class Sampler(nn.Module):
         self.seen = torch.zeros(0)
 
     def forward(
-        self, noise: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"] | None = None
+        self,
+        noise: Float[Tensor, "batch channels height width"],
+        labels: Int[Tensor, " batch"] | None = None,
+        numbers: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """Pictures from noise, between -1 and 1; without `labels` of no class."""
+        """Pictures from noise, between -1 and 1; without `labels` of no class.
+
+        Args:
+            numbers: of the pictures: what ddpm adds to one is then drawn by its number, and goes by nothing else in the
+                batch.
+        """
         how, n = self.sampling, len(noise)
         times = torch.linspace(1, 0, how.steps + 1)
-        generator = torch.Generator().manual_seed(how.seed)
+        seeds = [how.seed] if numbers is None else [how.seed * 1_000_003 + number for number in numbers.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         label = self._one_hot(labels, n)
         x, z, seen = noise, self.model.no_latents(n), []
         for t, after in pairwise(times):
@@ -129,15 +138,19 @@ class Sampler(nn.Module):
             if how.sampler == "ddim":
                 x = g_after.sqrt() * clean + (1 - g_after).sqrt() * eps
             else:
-                x = self._ddpm(x, eps, g, g_after, generator)
+                x = self._ddpm(x, eps, g, g_after, generators)
         self.seen = torch.stack(seen)
         return seen[-1]
 
-    def _ddpm(self, x: Tensor, eps: Tensor, g: Tensor, g_after: Tensor, generator: torch.Generator) -> Tensor:
+    def _ddpm(
+        self, x: Tensor, eps: Tensor, g: Tensor, g_after: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
         kept = (g / g_after).clamp(0, 1)
         mean = (x - (1 - kept) / (1 - g).sqrt().clamp(min=_LEAST) * eps) / kept.sqrt().clamp(min=_LEAST)
         variance = {"large": 1 - kept, "small": (1 - kept) * (1 - g_after) / (1 - g), "none": 0 * kept}
-        return mean + variance[self.sampling.variance].sqrt() * torch.randn(x.shape, generator=generator)
+        parts = zip(x.chunk(len(generators)), generators, strict=True)
+        added = torch.cat([torch.randn(part.shape, generator=generator) for part, generator in parts])
+        return mean + variance[self.sampling.variance].sqrt() * added
 
     def _one_hot(self, labels: Tensor | None, n: int) -> Float[Tensor, "n classes"]:
         classes = self.model.config.classes

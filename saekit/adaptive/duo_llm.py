@@ -305,6 +305,7 @@ def trace_of(
         live=torch.ones_like(decision, dtype=torch.bool),
         macs=macs[decision].sum((1, 2)),
         full_macs=float(macs[BIG]) * decision[0].numel(),
+        counted="the feed-forwards' multiplications",
         texts=texts,
         more={"nats": next_token_nats(run.logits, ids)},
     )

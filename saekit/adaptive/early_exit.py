@@ -57,7 +57,7 @@ class EarlyExit(nn.Module):
             lens: logits from the residual stream behind any block; found by the usual names if None.
 
         Raises:
-            SaekitError: no list of blocks, or no lens to be found; or a threshold that is no chance.
+            SaekitError: no list of blocks, or one block alone; no lens to be found; or a threshold that is no chance.
         """
         super().__init__()
         blocks = find_blocks(target.model)
@@ -69,6 +69,8 @@ class EarlyExit(nn.Module):
         self.blocks = blocks
         self._forward = target.forward
         n_gates = len(list(target.model.get_submodule(blocks).children())) - 1
+        if n_gates < 1:
+            raise SaekitError(f"{target.name} has one block, and the last may not be left; give a model of more")
         lens = lens or _find_lens(target)
         self.gates = nn.ModuleList(ExitGate(lens, threshold) for _ in range(n_gates))
         self.contents = nn.ModuleList(nn.Identity() for _ in range(n_gates))
@@ -137,6 +139,7 @@ def early_exit_target(target: Target, *, threshold: float = 0.9, lens: Lens | No
             live=model.live,
             macs=(entering.sum(2) * macs).sum(1).float(),
             full_macs=float(macs.sum()) * ids.shape[1],
+            counted="the multiplications with weights of blocks",
             texts=token_texts(target.tokenizer, ids),
             more={"logits": logits},
         )

@@ -47,8 +47,8 @@ def explain_step(
 
     Where the score is linear in what is read, features are those that add most to it, and each has its exact share,
     and its effects along the three paths. Where it is not (AdaTape, RIN), features are those whose ablation changes
-    most decisions on some of the inputs that the SAE was trained on: what is then measured on others is no product
-    of that choice. Each has its effects by dose and its rank among features like it.
+    most decisions. Either is seen on some of the inputs that the SAE was trained on: what is then measured on others is
+    no product of that choice. Each has its effects by dose and its rank among features like it.
 
     Raises:
         SaekitError: a step without a free decision, or too few features like a chosen one.
@@ -60,8 +60,9 @@ def explain_step(
     if here.readout is None:
         chosen = strongest_by_effect(target, train_inputs[:SCREENED], sae, step, count=features)
     else:
+        some = live_only(harvest(target, train_inputs[:SCREENED], step)).vectors
+        chosen = strongest(attribute_decisions(sae, some, here), count=features)
         attribution = attribute_decisions(sae, vectors, here)
-        chosen = strongest(attribution, count=features)
     facts: dict[str, Any] = {
         "step": step,
         "site": str(here.reads),

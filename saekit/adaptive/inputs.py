@@ -61,8 +61,13 @@ def read_image(text: str, side: int, *, seed: int = 0) -> Float[Tensor, "1 1 sid
 
 def read_text(text: str, context: int) -> Int[Tensor, "1 tokens"]:
     """The first tokens of a text, in pystd's tokens, behind BOS."""
+    return torch.tensor([encode_text(text)[:context]])
+
+
+def encode_text(text: str) -> list[int]:
+    """All of them."""
     path = Path(text)
-    if len(text) < 256 and path.is_file():
+    if _is_file(path):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +77,14 @@ def read_text(text: str, context: int) -> Int[Tensor, "1 tokens"]:
     if not text.strip():
         raise DataError("the text is empty; give at least a word")
     tokenizer: Any = Target.load("pystd").tokenizer
-    return torch.tensor([tokenizer(text)["input_ids"][:context]])
+    return tokenizer(text)["input_ids"]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text that no file could be called
+        return False
 
 
 def read_symbols(text: str) -> Float[Tensor, "1 length"]:

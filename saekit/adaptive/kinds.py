@@ -27,7 +27,7 @@ from saekit.adaptive.rin import RIN
 from saekit.adaptive.rin_recipe import DENOISING, RINRecipe
 from saekit.adaptive.rin_report import Judge, measure_rin
 from saekit.adaptive.rin_target import rin_target
-from saekit.adaptive.saved import Saved, filled, save_adaptive
+from saekit.adaptive.saved import Saved, check_place, filled, save_adaptive
 from saekit.adaptive.stages import STATE_FILE, OnReport, Recipe, train_stages
 from saekit.errors import UnknownNameError
 from saekit.targets import Target
@@ -86,7 +86,8 @@ def train_kind(
     Raises:
         FileError: `resume` without a state, a state without `resume`, or a folder that cannot be written.
     """
-    kind = kind_of(name)
+    kind, out = kind_of(name), out.expanduser().resolve()
+    check_place(out)
     recipe = kind.recipe(seed)
     beside = out.with_name(out.name + ".training")
     saved = kind.finish(recipe, train_stages(recipe, beside, resume=resume, on_report=on_report))

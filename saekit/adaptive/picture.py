@@ -48,7 +48,7 @@ def write_pictures(path: Path | str, title: str, pictures: Sequence[str]) -> Pat
     Raises:
         FileError: if it cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     beside = path.with_name(f".{path.name}.part")
     html = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'

@@ -33,7 +33,7 @@ def rin_target(model: RIN, sampling: Sampling = Sampling(steps=25)) -> DecidingT
 
     def forward(module: torch.nn.Module, numbers: Int[Tensor, " batch"]) -> Tensor:
         noise = torch.stack([noise_of(number) for number in numbers.tolist()])
-        return module(noise, numbers % config.classes)
+        return module(noise, numbers % config.classes, numbers)
 
     target = Target.wrap(sampler, name="rin", forward=forward, example=torch.zeros(1, dtype=torch.int64))
     sites = [Site.parse(f"model.blocks.{number}.read.pattern:out@*") for number in range(config.blocks)]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saekit.adaptive.a_vit import AViT, AViTConfig
 from saekit.adaptive.adatape import AdaTape, AdaTapeConfig
 from saekit.adaptive.duo_llm import DuoConfig, DuoLLM
 from saekit.adaptive.rin import RIN, RINConfig
-from saekit.checkpoint import written_whole
+from saekit.checkpoint import check_writable, write_tensors, written_whole
 from saekit.errors import FileError, UnknownNameError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,12 +52,22 @@ class Saved:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def check_place(folder: Path) -> None:
+    """Find out before minutes of work that `save_adaptive` cannot write here.
+
+    Raises:
+        FileError: no right to, or other files there, which saving would delete.
+    """
+    check_writable(folder, files=(CONFIG, MODEL, CONTROL), holds="an adaptive model")
+
+
 def save_adaptive(saved: Saved, folder: Path) -> None:
     """Write the folder whole or not at all.
 
     Raises:
-        FileError: if it cannot be written.
+        FileError: as `check_place`.
     """
+    check_place(folder)
     model: Any = saved.model
     described = {
         "kind": saved.kind,
@@ -70,7 +80,7 @@ def save_adaptive(saved: Saved, folder: Path) -> None:
         (beside / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         for name, part in ((MODEL, saved.model), (CONTROL, saved.control)):
             if part is not None:
-                save_file({key: _half(tensor) for key, tensor in part.state_dict().items()}, beside / name)
+                write_tensors(beside / name, {key: _half(tensor) for key, tensor in part.state_dict().items()})
 
 
 def load_adaptive(name: str | Path, *, kind: str | None = None) -> Saved:

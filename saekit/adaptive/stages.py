@@ -71,7 +71,7 @@ class Recipe(Protocol):
 def draw(seed: int, stage: Stage, step: int) -> torch.Generator:
     """Random numbers of one step."""
     name = zlib.crc32(stage.name.encode())
-    return torch.Generator().manual_seed((seed * 1_000_003 + name) * 1_000_003 + step)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + name) * 1_000_003 + step) % 2**63)
 
 
 def seeded(seed: int) -> torch.Generator:

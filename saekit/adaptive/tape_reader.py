@@ -12,7 +12,7 @@ Sites, one call per step (`@0`, `@1`, ...), the batch first:
 
     reader.query:out      (batch, 1, d_key) what entries are matched with; decides what is read and when it ends
     reader.scores:out     (batch, entries) the match with each
-    reader.total:out      (batch, 1) what has been added up towards halting
+    reader.total:out      (batch, 1) what has been added up towards halting, as this step compares it with tau
     reader.halt:out       (batch, 1) True where the tape ends with this step; may be edited
     reader.token:out      (batch, 1, width) the tape token, as the transformer and the next query read it
 """
@@ -69,7 +69,7 @@ class Tape:
         tokens: `(batch, steps, width)`; beyond an example's length they are there but must be masked.
         running: `(batch, steps)` which steps belong to the tape.
         halted: `(batch, steps)` True at the step that ended it.
-        total: `(batch, steps)` added up towards halting, this step included.
+        total: `(batch, steps)` added up towards halting, this step included, as it was compared with tau.
         entries: `(batch, steps, K)` which of the bank were read, best first.
         weights: `(batch, steps, K)` of each in the token.
         impurity: `(batch,)` sum over the tape of 1 - sum of squared weights.
@@ -115,12 +115,13 @@ class TapeReader(nn.Module):
         for number in range(rule.longest):
             query = self.query(query[:, None])[:, 0]
             entries, weights, token = self.read(query, values, used)
-            raised = self.total(total + weights[:, :1] * running)
-            halted = self.halt((raised >= rule.tau) & running) & running
+            raised = total + weights[:, :1] * running
+            compared = self.total(raised)  # an edit moves this comparison, not those that follow
+            halted = self.halt((compared >= rule.tau) & running) & running
             if number == rule.longest - 1:
                 halted = running
             used = used.scatter_add(1, entries, running.expand_as(entries).to(used))
-            steps.append((token, running[:, 0], halted[:, 0], raised[:, 0], entries, weights))
+            steps.append((token, running[:, 0], halted[:, 0], compared[:, 0], entries, weights))
             if rule.moves_query:
                 key = token[:, : self.d_key]
                 query = (query + key) / 2 if rule.keeps_query else key

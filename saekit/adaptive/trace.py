@@ -28,6 +28,7 @@ class DecisionTrace:
         live: `(examples, steps, places)` False where there was nothing left to decide.
         macs: `(examples,)` multiplications that the decisions led to.
         full_macs: multiplications per example if nothing were saved.
+        counted: what of the model the two count, where it is not all of it.
         grid: rows and columns, where the places (but the first `extra` ones) are patches of a picture.
         extra: places before the patches (a class token).
         counts: the option whose steps a map over the patches counts; None counts those that a patch was live in.
@@ -43,6 +44,7 @@ class DecisionTrace:
     live: Bool[Tensor, "examples steps places"]
     macs: Float[Tensor, " examples"]
     full_macs: float
+    counted: str = "the multiplications"
     grid: tuple[int, int] | None = None
     extra: int = 0
     counts: str | None = None
@@ -66,7 +68,7 @@ class DecisionTrace:
 
     @property
     def mac_ratio(self) -> Float[Tensor, " examples"]:
-        """Executed multiplications over those of the whole model."""
+        """Executed multiplications over those that there would be if nothing were saved, of what is `counted`."""
         return self.macs / self.full_macs
 
     def share(self, option: str) -> Float[Tensor, " steps"]:
@@ -135,7 +137,7 @@ class DecisionTrace:
             grid=self.grid,
             extra=self.extra,
             image=image,
-            caption=f"{self.model}: {float(self.mac_ratio[example]):.0%} of the multiplications",
+            caption=f"{self.model}: {float(self.mac_ratio[example]):.0%} of {self.counted}",
         )
 
     def _repr_html_(self) -> str:

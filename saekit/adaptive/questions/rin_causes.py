@@ -124,7 +124,8 @@ def forgetting(target: DecidingTarget, model: RIN, test: Runs, step: int) -> dic
     others = {
         "none": torch.zeros_like(latents),
         "of another picture of the class": latents[same_class(test.labels)],
-        "of another class, same noise": latents.roll(1, 0),
+        # every round of classes shares its noise
+        "of another class, same noise": latents.unflatten(0, (-1, model.config.classes)).roll(1, 1).flatten(0, 1),
         "of the step before": test.latents[max(0, step - 2)],
     }
     moved = {f"latents {name}": estimate(target, model, test, step, z) - clean for name, z in others.items()}
