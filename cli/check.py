@@ -50,8 +50,9 @@ class Check:
         from saekit.errors import SaekitError
         from saekit.loading import describe
 
-        from .opened import open_sae
+        from .opened import check_some, open_sae
 
+        check_some("--tokens", self.tokens)
         if self.text is None and "text" not in describe(self.sae).weights.metadata:
             raise SaekitError(f"{self.sae} does not record its text; give it: saekit check {self.sae} MODEL TEXT")
         opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)

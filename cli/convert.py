@@ -72,13 +72,19 @@ class Convert:
         import torch
 
         from saekit.activations.harvest import Harvest
+        from saekit.errors import SaekitError
         from saekit.training.calibrate import calibrate
 
         from .opened import open_sae
 
         opened = open_sae(self.sae, model=self.model, text=self.text, site=None, rows=None, device="cpu")
         rows = opened.corpus.train
-        rows = rows.select(slice(max(1, (self.calibrate or 0) // rows.context)))
+        if (self.calibrate or 0) < rows.context:
+            raise SaekitError(
+                f"--calibrate {self.calibrate} is less than one row of {rows.context} tokens; thresholds take more, "
+                "as in --calibrate 100000"
+            )
+        rows = rows.select(slice((self.calibrate or 0) // rows.context))
         harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
         with Progress("reading activations", len(rows), unit="rows") as progress:
             pool = []

@@ -11,6 +11,8 @@ from .export_for import export_delphi, export_neuronpedia
 from .output import Progress, columns, write_facts
 
 if TYPE_CHECKING:
+    from saekit.patching.effects_file import KeptEffects
+
     from .opened import OpenedCrosscoder, OpenedSAE
 
 
@@ -35,7 +37,8 @@ class Export:
     to: Literal["page", "neuronpedia", "delphi"] = "page"
     """A page, features in the JSON that Neuronpedia imports, or all codes as delphi's cache."""
     features: int = 60
-    """How many features get a page."""
+    """How many features get a page. Unless that is all that fire, those active on fewer than 10 tokens or on more than
+    a fifth of them are left out."""
     tokens: int = 300_000
     """How much text to read for statistics and examples."""
     model: str | None = None
@@ -51,8 +54,10 @@ class Export:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
-        from .opened import is_crosscoder, open_sae
+        from .opened import check_some, is_crosscoder, open_sae
 
+        check_some("--features", self.features)
+        check_some("--tokens", self.tokens)
         if is_crosscoder(self.sae):
             return self._run_joint()
         opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)
@@ -92,7 +97,8 @@ def export_page(
 ) -> dict[str, Any]:
     """Read the text that the SAE was trained on (or the one given), write the page, and say what is in it.
 
-    Effects that `saekit effects` has kept in the folder are shown.
+    Metrics of training and effects that `saekit effects` has kept in the folder are shown if they are of the same
+    model, Site and text.
     """
     from saekit.activations.harvest import Harvest
     from saekit.dashboards.page_of_sae import page_of_crosscoder, page_of_sae, sample_rows
@@ -107,7 +113,9 @@ def export_page(
         page_of = partial(page_of_crosscoder, opened.crosscoder)
     else:
         sae, sites = opened.sae, (opened.site,)
-        page_of = partial(page_of_sae, sae, kept=kept_effects(folder, sae))
+        kept = kept_effects(folder, sae)
+        is_theirs = kept is not None and _is_of(kept, opened)
+        page_of = partial(page_of_sae, sae, kept=kept if is_theirs else None)
     rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
     harvest = Harvest(target=opened.target, rows=rows, sites=sites, mask=opened.mask)
     documents = opened.corpus.train_documents
@@ -115,7 +123,7 @@ def export_page(
     with Progress("reading features", len(rows), unit="rows") as progress:
         page, measured = page_of(
             harvest,
-            metrics=sae.cfg.metadata.get("evaluation", {}),
+            metrics=sae.cfg.metadata.get("evaluation", {}) if opened.is_as_trained else {},
             documents=documents if is_python else (),
             n_features=n_features,
             on_progress=lambda done: progress.to(min(progress.done + done, len(rows))),
@@ -130,3 +138,9 @@ def export_page(
         "page_never_fired": int((statistics.active == 0).sum()),
         "megabytes": round(out.stat().st_size / 1e6, 2),
     }
+
+
+def _is_of(kept: "KeptEffects", opened: "OpenedSAE") -> bool:
+    """Whether effects are of this model, Site and text."""
+    own = {"model": opened.target.name, "site": str(opened.site), "text": opened.text}
+    return all(kept.facts.get(name) == value for name, value in own.items())

@@ -14,7 +14,9 @@ def export_neuronpedia(opened: "OpenedSAE", out: Path, *, n_features: int, n_tok
     """Features as one batch of Neuronpedia's JSON, and what is in it."""
     from saekit.dashboards.neuronpedia import batch, write_batch
     from saekit.dashboards.page_of_sae import page_of_sae
+    from saekit.dashboards.static_page import check_writable
 
+    check_writable(out / "batch-0.json")
     harvest = _harvest(opened, n_tokens)
     with Progress("reading features", len(harvest.rows), unit="rows") as progress:
         page, _ = page_of_sae(

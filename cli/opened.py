@@ -27,6 +27,7 @@ class OpenedSAE:
         text: what the corpus was read from.
         corpus: divided as in training; a text that the SAE was not trained on is held out as a whole.
         is_own_text: whether that is what the SAE was trained on, by name or by content.
+        is_as_trained: whether model and Site are those of training too, so that what was measured then is of these.
     """
 
     sae: SAE
@@ -36,6 +37,7 @@ class OpenedSAE:
     text: str
     corpus: Corpus
     is_own_text: bool = True
+    is_as_trained: bool = True
 
 
 def open_sae(
@@ -56,7 +58,9 @@ def open_sae(
     settled = _settled(sae, model=model, text=text) | {"site": site or sae.cfg.hook_name}
     _check_settled(folder, settled)
     target, mask, corpus, is_own_text = _open_text(sae, settled, rows=rows, device=device)
-    return OpenedSAE(sae, target, Site.parse(settled["site"]), mask, settled["text"], corpus, is_own_text)
+    site_, own = Site.parse(settled["site"]), sae.cfg.hook_name
+    is_as_trained = is_own_text and settled["model"] == sae.cfg.model_name and bool(own) and site_ == Site.parse(own)
+    return OpenedSAE(sae, target, site_, mask, settled["text"], corpus, is_own_text, is_as_trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class OpenedCrosscoder:
     target: Target
     mask: MaskPolicy
     corpus: Corpus
+    is_as_trained: bool = True
 
 
 def open_crosscoder(
@@ -77,8 +82,9 @@ def open_crosscoder(
     crosscoder = Crosscoder.load(folder, device=device)
     settled = _settled(crosscoder.sae, model=model, text=text)
     _check_settled(folder, settled)
-    target, mask, corpus, _ = _open_text(crosscoder.sae, settled, rows=rows, device=device)
-    return OpenedCrosscoder(crosscoder, target, mask, corpus)
+    target, mask, corpus, is_own_text = _open_text(crosscoder.sae, settled, rows=rows, device=device)
+    is_as_trained = is_own_text and settled["model"] == crosscoder.sae.cfg.model_name
+    return OpenedCrosscoder(crosscoder, target, mask, corpus, is_as_trained)
 
 
 def check_own_sites(folder: Path, site: str | None) -> None:
@@ -93,8 +99,14 @@ def is_crosscoder(folder: Path) -> bool:
 
 
 def _check_rows(rows: int | None) -> None:
-    if rows is not None and rows < 1:
-        raise SaekitError(f"--rows {rows} leaves nothing to read; give 1 or more, or leave it out")
+    if rows is not None:
+        check_some("--rows", rows)
+
+
+def check_some(flag: str, number: int) -> None:
+    """Raises: SaekitError for a flag that asks for nothing."""
+    if number < 1:
+        raise SaekitError(f"{flag} {number} leaves nothing to read; give 1 or more, or leave it out")
 
 
 def _settled(sae: SAE, *, model: str | None, text: str | None) -> dict[str, Any]:
@@ -108,6 +120,11 @@ def _open_text(
     recorded = sae.cfg.metadata
     target = Target.load(settled["model"], device=device)
     context = sae.cfg.context_size or min(target.context or 256, 256)
+    if target.context is not None and context > target.context:
+        raise SaekitError(
+            f"the SAE was trained on rows of {context} tokens, and {settled['model']} reads at most {target.context}; "
+            "pass a --model that reads as many"
+        )
     row_bos = recorded.get("row_bos", True)
     reading = {"context": context, "row_bos": row_bos, "longest": target.context, "vocabulary": target.vocabulary}
     is_own_text = settled["text"] == recorded.get("text")
@@ -120,12 +137,27 @@ def _open_text(
             max_documents=recorded.get("max_documents"),
             **reading,
         )
+        if settled["model"] == sae.cfg.model_name:
+            _check_unchanged(settled["text"], corpus, recorded)
     else:
         read, documents = load_rows(settled["text"], target.tokenizer, **reading)
         corpus = _divided(read, documents, recorded)
         is_own_text = corpus.train is not corpus.held_out
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))
     return target, MaskPolicy(**recorded.get("mask", {})), corpus, is_own_text
+
+
+def _check_unchanged(text: str, corpus: Corpus, recorded: Mapping[str, Any]) -> None:
+    """Refuse a text of the name of the one trained on, whose held-out rows would be others than then.
+
+    The standard library is divided by its modules, so that nothing that was trained on is ever held out.
+    """
+    kept = recorded.get("text_checksum")
+    if text != "stdlib" and kept is not None and checksum(corpus.train.ids) != kept:
+        raise SaekitError(
+            f"{text} is not what it was when the SAE was trained on it, so that its held-out rows cannot be told; "
+            "restore it, or pass --text with this one under another name or path"
+        )
 
 
 def load_of_one_site(name: Path | str, device: str = "cpu") -> SAE:

@@ -83,12 +83,18 @@ def check_one_site(folders: Sequence[Path], saes: Sequence["SAE"]) -> None:
     Raises:
         SaekitError: for fewer than two SAEs, or SAEs of different models, Sites or widths.
     """
+    from saekit.crosscoder import joined_sites
     from saekit.errors import SaekitError
 
     if len(saes) < 2:
         raise SaekitError(f"stability compares SAEs with each other; got {len(saes)}, give at least 2 folders")
     places = [
-        (sae.cfg.model_name, read_and_written(sae.cfg.hook_name, sae.cfg.hook_name_out), sae.d_model) for sae in saes
+        (
+            sae.cfg.model_name,
+            " + ".join(joined_sites(sae.cfg.metadata)) or read_and_written(sae.cfg.hook_name, sae.cfg.hook_name_out),
+            sae.d_model,
+        )
+        for sae in saes
     ]
     for folder, place in zip(folders, places, strict=True):
         if place != places[0]:

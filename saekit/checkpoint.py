@@ -124,18 +124,25 @@ def check_writable(
     Raises:
         FileError: if there is no right to, or if replacing the folder would delete other files in it.
     """
-    try:
-        others = {path.name for path in folder.iterdir()} - set(files) if folder.exists() else set()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
-            pass
-    except OSError as error:
-        raise FileError(f"cannot write {folder}: {error.strerror}; choose a place you may write to") from error
+    check_place(folder)
+    others = {path.name for path in folder.iterdir()} - set(files) if folder.exists() else set()
     if others:
         raise FileError(
             f"{folder} holds more than {holds} ({', '.join(sorted(others)[:3])}), which saving would delete; "
             "give a new or empty folder"
         )
+
+
+def check_place(folder: Path) -> None:
+    """Raises: FileError if there is no right to write a folder here, or a file is there."""
+    try:
+        if folder.exists():
+            next(folder.iterdir(), None)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror}; choose a place you may write to") from error
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -481,6 +481,13 @@ def test_an_entry_of_zero_and_one_below_its_level_are_not_active():
     assert count_concepts(codes, labels, above=torch.tensor([2.0])).both.tolist() == [[1]]
 
 
+def test_a_feature_that_fires_below_zero_is_active():
+    codes = SparseCodes.from_dense(torch.tensor([[-3.0], [0.0], [-2.0]]))
+    counts = count_concepts(codes, torch.tensor([[True], [False], [True]]))
+    assert counts.active.tolist() == [2] and counts.both.tolist() == [[2]]
+    assert counts.scores().f1.tolist() == [[1.0]]
+
+
 def test_no_entry_at_all_counts_nothing():
     codes = SparseCodes.from_dense(torch.zeros(4, 3))
     scores = count_concepts(codes, torch.ones(4, 2, dtype=torch.bool)).scores()

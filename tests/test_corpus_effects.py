@@ -163,6 +163,21 @@ def test_the_exact_check_zeroes_features_for_good(target, sae, rows):
     torch.testing.assert_close(found.attributed, of_the_pass.effect[features])
 
 
+def test_a_feature_that_was_never_zeroed_is_not_checked(target, sae, rows):
+    silent = sae_of(Threshold(0.3))
+    with torch.no_grad():
+        silent.b_enc[5] = -1e6
+    few, settings = rows.select(slice(4)), EffectSettings(batch_rows=16)
+    active = codes_of(target, sae, few).gt(0).sum((0, 1)).topk(6).indices
+    active = active[active != 5]
+    found = check_exactly(target, silent, FIRST, few, torch.cat([active, torch.tensor([5])]), settings=settings)
+    only = check_exactly(target, silent, FIRST, few, active, settings=settings)
+    assert torch.equal(found.feature, active) and torch.equal(found.exact, only.exact)
+    assert (found.rank_correlation, found.slope) == (only.rank_correlation, only.slope)
+    with pytest.raises(DataError, match=r"1 of the features to be checked is active on these rows; give more of them"):
+        check_exactly(target, silent, FIRST, few, torch.tensor([int(active[0]), 5]), settings=settings)
+
+
 def test_a_feature_that_is_never_active_has_no_effect(target, sae, rows):
     silent = sae_of(Threshold(0.3))
     with torch.no_grad():

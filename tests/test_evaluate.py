@@ -16,7 +16,7 @@ from saekit.activations.tokens import TokenRows, tokenize_documents
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.language_losses import ce_recovered
 from saekit.analysis.sums import Unexplained
-from saekit.errors import DataError, SaekitError
+from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
@@ -376,6 +376,15 @@ def test_a_transcoder_that_writes_what_the_module_does_recovers_everything(targe
     found = evaluate(sae, target, rows, Site.parse("mix:in"))
     assert found.fvu == pytest.approx(0, abs=1e-9)
     assert found.ce_recovered == pytest.approx(1, abs=1e-5) and found.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_mask_that_keeps_other_tokens_where_a_transcoder_writes_is_refused(target, rows):
+    norms = target.read(rows.ids, [Site.parse("mix")])[Site.parse("mix")].norm(dim=-1)
+    mask = MaskPolicy(max_norm=float(norms.median()))
+    with pytest.raises(
+        ShapeError, match=r"the mask keeps \d+ tokens at one Site and \d+, or others, at another; leave"
+    ):
+        evaluate(transcoder("mix:in", "mix"), target, rows, Site.parse("mix:in"), mask=mask)
 
 
 def test_a_transcoder_whose_sites_are_the_wrong_way_round_is_refused(target, rows):

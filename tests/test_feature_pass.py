@@ -210,7 +210,8 @@ def test_interesting_features_spread_over_densities_by_energy_and_leave_out_dead
     statistics = statistics_with([0, 9, 10, 12, 20, 30, 100, 150, 201], [9, 9, 1, 2, 5, 3, 4, 4, 9])
     chosen = interesting_features(statistics, count=3)
     assert chosen.tolist() == [7, 4, 3]  # of (7, 6), (5, 4) and (3, 2)
-    assert interesting_features(statistics, count=50).tolist() == [7, 6, 5, 4, 3, 2]
+    assert interesting_features(statistics, count=7).tolist() == [7, 6, 5, 4, 3, 2]
+    assert interesting_features(statistics, count=8).tolist() == [8, 7, 6, 5, 4, 3, 2, 1]  # all that fired
     none = interesting_features(statistics_with([0, 0], [0.0, 0.0]), count=5)
     assert none.tolist() == []
 

@@ -17,9 +17,10 @@ from saekit.training.config import TrainConfig
 D_MODEL = 16
 
 
-def sae_of(decoder: Tensor, encoder: Tensor | None = None, *, site: str = "layers.1") -> SAE:
+def sae_of(decoder: Tensor, encoder: Tensor | None = None, *, site: str = "layers.1", **metadata: object) -> SAE:
     n_features, d_model = decoder.shape
-    sae = SAE(d_model, n_features, TopK(2), cfg=SAEConfig(d_in=d_model, d_sae=n_features, hook_name=site))
+    cfg = SAEConfig(d_in=d_model, d_sae=n_features, hook_name=site, metadata=metadata)
+    sae = SAE(d_model, n_features, TopK(2), cfg=cfg)
     with torch.no_grad():
         sae.decoder.copy_(decoder)
         sae.encoder.copy_(decoder if encoder is None else encoder)
@@ -113,6 +114,9 @@ def test_what_cannot_be_compared_is_refused():
         measure_stability([sae])
     with pytest.raises(SaekitError, match=r"read 'layers\.1', 'layers\.2'; compare SAEs of one Site"):
         measure_stability([sae, sae_of(orthogonal(), site="layers.2")])
+    joined = [sae_of(orthogonal(), site="crosscoder", crosscoder=dict.fromkeys(sites, 8)) for sites in ("ab", "cd")]
+    with pytest.raises(SaekitError, match=r"read 'a \+ b', 'c \+ d'; compare SAEs of one Site"):
+        measure_stability(joined)
     with pytest.raises(ShapeError, match=r"densities of \[16\] features for SAEs of \[16, 16\]"):
         measure_stability([sae, sae], densities=[density])
     with pytest.raises(DataError, match="no feature of SAE 1 fires"):

@@ -304,6 +304,11 @@ def test_density_bars_count_every_living_feature_where_it_belongs():
     assert svg_density_histogram(density).count('class="bar"') == 4
 
 
+def test_features_that_fire_everywhere_have_a_bar():
+    bars = density_bars(torch.tensor([1.0, 1.0, 0.0]))
+    assert sum(bars.counts) == bars.counts[-1] == 2
+
+
 def test_the_zipf_plot_has_the_sorted_densities_and_the_line():
     density = torch.tensor([0.01, 0.3, 0.0, 0.1])
     curve = zipf_curve(density)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saekit.errors import DataError
+from saekit.errors import DataError, ShapeError
 from saekit.targets import Site
 
 
@@ -38,6 +38,14 @@ class ActivationBatch:
     @property
     def d_model(self) -> int:
         return self.vectors.shape[1]
+
+    def check_same_tokens(self, other: "ActivationBatch") -> None:
+        """Raises: ShapeError if the other's rows are not of the same tokens, as where a mask goes by norms."""
+        if not (torch.equal(self.document, other.document) and torch.equal(self.position, other.position)):
+            raise ShapeError(
+                f"the mask keeps {len(self)} tokens at one Site and {len(other)}, or others, at another; leave "
+                "max_norm out of the mask, so that each is of the same tokens"
+            )
 
     def select(self, rows: Int[Tensor, " chosen"] | slice) -> "ActivationBatch":
         """Some of the rows, in the order given."""

@@ -11,7 +11,6 @@ reads it), `gates.l.score:out`, `gates.l.decision:out`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +21,10 @@ from saekit.adaptive.trace import DecisionTrace
 from saekit.errors import SaekitError, ShapeError
 from saekit.targets import Side, Site, Target
 from saekit.targets.names import Place, find_blocks
+from saekit.targets.readout import find_final_norm, find_head
 from saekit.targets.taps import Tap, first_tensor, tapped
 
 OPTIONS = ("go on", "exit")
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_norm")
 Lens = Callable[[Float[Tensor, "batch tokens d_model"]], Float[Tensor, "batch tokens vocabulary"]]
 
 
@@ -196,13 +195,7 @@ def skipping(
 
 
 def _find_lens(target: Target) -> Lens:
-    model: Any = target.model
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    body = getattr(model, "base_model", model)
-    # OPT and its relatives keep the norm beside the blocks, one floor down
-    places = (body, getattr(body, "decoder", None))
-    norms = (getattr(place, name, None) for place in places for name in _FINAL_NORMS)
-    norm = next((norm for norm in norms if isinstance(norm, nn.Module)), None)
+    head, norm = find_head(target.model), find_final_norm(target.model)
     if head is None or norm is None:
         raise SaekitError(
             f"cannot tell how {target.name} reads out its residual stream; pass lens=, from vectors to logits"

@@ -104,7 +104,7 @@ def count_concepts(
     Args:
         labels: of the tokens of `codes`, in the same order, on the same device.
         known: tokens that have labels; the others count nowhere. All, if not given.
-        above: a feature is active where its value exceeds this, say half its maximum; 0 if not given.
+        above: a feature is active where its value exceeds this, say half its maximum; where it is not 0 if not given.
 
     Raises:
         ShapeError: if codes and labels are not about the same number of tokens.
@@ -118,8 +118,8 @@ def count_concepts(
     if known is None:
         known = torch.ones(n_tokens, dtype=torch.bool, device=labels.device)
     tokens = codes.token_of_entry()
-    level = 0.0 if above is None else above[codes.features]
-    counted = ((codes.values > level) & known[tokens]).nonzero()[:, 0]
+    fires = codes.values != 0 if above is None else codes.values > above[codes.features]
+    counted = (fires & known[tokens]).nonzero()[:, 0]
     tokens, features = tokens[counted], codes.features[counted]
 
     # a bag a feature: the tokens it is active on; the sum of their label rows is what is wanted

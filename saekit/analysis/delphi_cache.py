@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import save_file
 
 from saekit.activations.harvest import Harvest
-from saekit.checkpoint import written_whole
+from saekit.checkpoint import check_place, written_whole
 from saekit.errors import DataError, FileError
 from saekit.sae import SAE
 
@@ -48,21 +48,23 @@ def write_delphi_cache(
         FileError: if it cannot be written.
     """
     (site,) = harvest.sites
+    # delphi knows outputs of modules, by the modules' names
+    place = folder / str(site).removesuffix(":out").replace(":", "_")
+    check_place(place)
+    if place.exists() and not (place / "config.json").is_file():
+        raise FileError(f"{place} is there and is no cache of delphi's; give another folder")
     entries = _entries(sae, harvest, on_progress)
     row, position, feature, value = (np.concatenate(part) for part in zip(*entries, strict=True))
     if not len(value):
         raise DataError("no feature fired on any token, so there is nothing for delphi to explain; give more text")
-    if value.max() > _LARGEST_HALF:
+    largest = np.abs(value).max()
+    if largest > _LARGEST_HALF:
         raise DataError(
-            f"an activation is {value.max():.4g}, and delphi keeps none above {_LARGEST_HALF:g}; scale the SAE "
+            f"an activation is {largest:.4g}, and delphi keeps none above {_LARGEST_HALF:g}; scale the SAE "
             "(SAE.rescaled) first"
         )
     bounds = np.linspace(0, sae.n_features, n_splits + 1).astype(np.int64)
     tokens = harvest.rows.ids.numpy()
-    # delphi knows outputs of modules, by the modules' names
-    place = folder / str(site).removesuffix(":out").replace(":", "_")
-    if place.exists() and not (place / "config.json").is_file():
-        raise FileError(f"{place} is there and is no cache of delphi's; give another folder")
     with written_whole(place) as beside:
         for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             kept = (feature >= first) & (feature < end)

@@ -100,6 +100,7 @@ def evaluate(
     Raises:
         DataError: if there are no rows, or every token is masked.
         SaekitError: if `sae` is a transcoder that does not say which Site it writes.
+        ShapeError: if the mask keeps other tokens where a transcoder writes than where it reads.
     """
     if len(rows) == 0:
         raise DataError("there are no rows to evaluate on; give at least one")
@@ -113,6 +114,7 @@ def evaluate(
             vectors = batches[site].vectors.to(device)
             codes = sae.encode(vectors)
             usage.observe(codes)
+            batches[site].check_same_tokens(batches[written])
             unexplained.observe(batches[written].vectors.to(device), sae.decode(codes, vectors))
         on_progress(len(part))
     check_observed(usage)

@@ -158,6 +158,8 @@ class _Read:
         (batches,) = harvest.in_order(rows)
         vectors = {site: batch.vectors.to(crosscoder.sae.b_dec.device) for site, batch in batches.items()}
         first = batches[crosscoder.sites[0]]
+        for batch in batches.values():
+            first.check_same_tokens(batch)
         codes = crosscoder.encode(vectors)
         return cls(codes, vectors, crosscoder.decode(codes), first.document - rows[0], first.position)
 

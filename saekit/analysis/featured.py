@@ -52,9 +52,9 @@ def interesting_features(
     min_active: int = 10,
     max_density: float = 0.2,
 ) -> Int[Tensor, " chosen"]:
-    """At most `count` features worth a page, the same ones every time.
+    """At most `count` features worth a page, the same ones every time; all that fired if there are no more than that.
 
-    Features active on fewer than `min_active` tokens or on more than a share of `max_density` take no
+    Otherwise features active on fewer than `min_active` tokens or on more than a share of `max_density` take no
     part. Half of the page goes to the best scores: the best feature of every concept, by score, then the
     second best of every concept, and so on. The other half shows what no concept explains: what is left,
     ordered by density and cut into equal groups, sends from each the feature with the most energy (mean
@@ -65,7 +65,11 @@ def interesting_features(
         score: how well (F1, lift or skill); scores of 0 or less tell nothing. Without them every place
             goes to the spread over densities.
     """
-    eligible = (statistics.active >= min_active) & (statistics.density <= max_density)
+    fired = statistics.active > 0
+    if int(fired.sum()) <= count:
+        eligible = fired
+    else:
+        eligible = (statistics.active >= min_active) & (statistics.density <= max_density)
     chosen = torch.zeros(0, dtype=torch.int64, device=eligible.device)
     if concept is not None and score is not None:
         chosen = _best_by_concept(concept, score.masked_fill(~eligible, 0))[: (count + 1) // 2]
@@ -165,9 +169,8 @@ def logit_effects(
 ) -> LogitEffects:
     """What each feature adds to every token's logit, per unit of activation: `w_dec @ unembed.T`.
 
-    Right for features written to the residual stream, as far as the layers above leave them alone. The
-    final norm divides by a scale that depends on the text and is left out; its learned weight is not
-    left out if `unembed` comes multiplied by it (`lm_head.weight * norm.weight`).
+    Right for features written to the residual stream, as far as the layers above leave them alone. `unembed` is
+    `saekit.targets.readout.stream_to_logits`, which leaves out the scale that the final norm divides by.
 
     Raises:
         ShapeError: if the two do not have the same width, or the vocabulary is smaller than `k`.

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationSource
 from saekit.analysis.matching import cosine_of_pairs, match_directions, nearest
+from saekit.crosscoder import joined_sites
 from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.sae import SAE
 from saekit.training.config import TrainConfig
@@ -163,7 +164,7 @@ def _live(
 ) -> list[Bool[Tensor, " n_features"]]:
     if len(saes) < 2:
         raise SaekitError(f"stability compares SAEs with each other; got {len(saes)}, give at least 2")
-    sites = sorted({sae.cfg.hook_name for sae in saes})
+    sites = sorted({" + ".join(joined_sites(sae.cfg.metadata)) or sae.cfg.hook_name for sae in saes})
     if len(sites) > 1:
         raise SaekitError(f"these SAEs read {', '.join(map(repr, sites))}; compare SAEs of one Site")
     if densities is None:

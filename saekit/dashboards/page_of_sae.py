@@ -20,8 +20,10 @@ from saekit.crosscoder import Crosscoder
 from saekit.dashboards.feature_effect import effect_of
 from saekit.dashboards.page_data import Homes, PageData, build_page_data, token_texts
 from saekit.patching.effects_file import KeptEffects
+from saekit.patching.splice import writing_site
 from saekit.sae import SAE
-from saekit.targets import Site, Target
+from saekit.targets import Site
+from saekit.targets.readout import is_in_stream, stream_to_logits
 
 Encode = Callable[[Mapping[Site, Float[Tensor, "n d_site"]]], SparseCodes]
 
@@ -74,6 +76,7 @@ def page_of_sae(
         harvest,
         encode=lambda vectors: sae.encode(vectors[site]),
         w_dec=sae.W_dec,
+        written=writing_site(sae, site),
         metrics=metrics,
         documents=documents,
         n_features=n_features,
@@ -103,6 +106,7 @@ def page_of_crosscoder(
         harvest,
         encode=crosscoder.encode,
         w_dec=crosscoder.decoder()[crosscoder.sites[-1]],
+        written=crosscoder.sites[-1],
         metrics=of_whole,
         documents=documents,
         n_features=n_features,
@@ -122,6 +126,7 @@ def _page(
     *,
     encode: Encode,
     w_dec: Float[Tensor, "n_features d_site"],
+    written: Site,
     metrics: Mapping[str, float | int],
     documents: Sequence[Document],
     n_features: int,
@@ -134,7 +139,8 @@ def _page(
     best = measured.concepts.scores().best() if measured.concepts is not None else None
     concept, score = best if best is not None else (None, None)
     features = interesting_features(measured.statistics, count=n_features, concept=concept, score=score)
-    unembed = unembedding(harvest.target, w_dec.shape[1])
+    model = harvest.target.model
+    unembed = stream_to_logits(model, w_dec.shape[1]) if is_in_stream(model, written) else None
     page = build_page_data(
         measured,
         features,
@@ -154,23 +160,6 @@ def _page(
 def with_effects(page: PageData, kept: KeptEffects) -> PageData:
     """The page with what each of its features does to the loss."""
     return replace(page, features=tuple(replace(one, effect=effect_of(kept, one.feature)) for one in page.features))
-
-
-def unembedding(target: Target, d_model: int) -> Float[Tensor, "vocab d_model"] | None:
-    """What turns the residual stream into logits, with the final norm's weight folded in where there is one.
-
-    None if the model has no output embedding of this width (then nothing can be said about tokens).
-    """
-    model = target.model
-    find_head: Any = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != d_model:
-        return None
-    body = getattr(model, "base_model", model)
-    norms = (getattr(body, name, None) for name in ("norm", "ln_f", "final_layer_norm"))
-    scale = next((norm.weight for norm in norms if norm is not None), torch.ones(d_model))
-    return (weight.detach() * scale.detach()).float().cpu()
 
 
 def sample_rows(rows: TokenRows, n_rows: int, *, seed: int = 0) -> TokenRows:

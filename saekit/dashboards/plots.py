@@ -49,7 +49,7 @@ class Curve:
 def density_bars(density: Float[Tensor, " n_features"]) -> Bars:
     """How many features have each log10 density; features that never fired are left out."""
     alive = density[density > 0].double().log10()
-    lowest = math.floor(float(alive.min())) if len(alive) else -1
+    lowest = min(math.floor(float(alive.min())), -1) if len(alive) else -1
     bins = ((alive - lowest) * BINS_PER_DECADE).long().clamp(max=-lowest * BINS_PER_DECADE - 1)
     counts = torch.bincount(bins, minlength=-lowest * BINS_PER_DECADE)
     edges = [lowest + place / BINS_PER_DECADE for place in range(len(counts) + 1)]

@@ -212,7 +212,7 @@ def _example_as_json(example: ShownExample) -> dict[str, Any]:
         "value": _rounded(window.values[peak]),
         "alike": example.alike,
         "tokens": window.tokens,
-        "values": {str(place): _rounded(value) for place, value in enumerate(window.values) if value > 0},
+        "values": {str(place): _rounded(value) for place, value in enumerate(window.values) if value != 0},
     }
 
 

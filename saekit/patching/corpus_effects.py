@@ -186,7 +186,10 @@ def check_exactly(
 ) -> ExactCheck:
     """Zero each feature everywhere in each row where it is active, and run the model: one row per pair.
 
-    Arguments as for `corpus_effects`.
+    Arguments as for `corpus_effects`. Features that are active on none of the rows are left out.
+
+    Raises:
+        DataError: if fewer than two of the features are active on the rows.
     """
     tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
     sums = after or CheckSums(0, torch.zeros(3, len(features), dtype=torch.float64))
@@ -204,9 +207,16 @@ def check_exactly(
         found = torch.stack([attributed[:, features.cpu()].sum(0), of_feature, active.sum(0)])
         sums = CheckSums(sums.rows + len(part), sums.total + found)
         on_batch(sums)
-    attributed, exact = sums.total[:2] / sums.total[2].clamp(min=1)
+    active = sums.total[2] > 0  # what was never zeroed agrees with anything
+    if int(active.sum()) < 2:
+        raise DataError(f"{int(active.sum())} of the features to be checked is active on these rows; give more of them")
+    attributed, exact = sums.total[:2, active] / sums.total[2, active]
     return ExactCheck(
-        features, attributed, exact, rank_correlation(attributed, exact), _slope_through_zero(attributed, exact)
+        features.cpu()[active],
+        attributed,
+        exact,
+        rank_correlation(attributed, exact),
+        _slope_through_zero(attributed, exact),
     )
 
 
