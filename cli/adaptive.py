@@ -1,6 +1,6 @@
 """`saekit adaptive`: train, measure and look into models that decide how much to compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,9 +79,9 @@ class Adaptive:
             raise SaekitError(
                 f"saekit adaptive {self.do} takes {'an' if self.do == 'trace' else 'no'} INPUT; see --help for examples"
             )
+        unset = {one.name: one.default for one in fields(self)}
         for flag, verbs in _ONLY_FOR.items():
-            given = getattr(self, flag)
-            if given is not None and given is not False and (flag != "seed" or given) and self.do not in verbs:
+            if self.do not in verbs and getattr(self, flag) != unset[flag]:
                 raise SaekitError(f"--{flag} is for saekit adaptive {' and '.join(verbs)}; leave it out of {self.do}")
         if self.rows is not None and self.rows < 1:
             raise SaekitError(f"--rows {self.rows} reads nothing; give at least 1")
@@ -93,7 +93,7 @@ class Adaptive:
         from saekit.adaptive.kinds import kind_of, train_kind
 
         kind = kind_of(self.name)
-        self.check_rows(kind.name)
+        rows = self.rows_of(kind.name)
         stages = kind.recipe(self.seed).stages
         # not the name alone, which stands for the bundled model
         out = self.out or Path(f"{self.name}-{self.seed}")
@@ -102,9 +102,7 @@ class Adaptive:
             def follow(report: Any) -> None:
                 progress.to(report["done"], f"{report['stage']}, loss {report['loss']:.3f}")
 
-            saved = train_kind(
-                self.name, out, seed=self.seed, rows=self.rows or _ROWS, resume=self.resume, on_report=follow
-            )
+            saved = train_kind(self.name, out, seed=self.seed, rows=rows, resume=self.resume, on_report=follow)
         return {"model": str(out), **saved.facts}
 
     def report(self) -> dict[str, Any]:
@@ -114,13 +112,13 @@ class Adaptive:
 
         saved = load_adaptive(self.name)
         kind = KINDS[saved.kind]
-        self.check_rows(saved.kind)
         # refused before minutes of work, not after
+        rows = self.rows_of(saved.kind)
         if self.speed and saved.kind not in ("a-vit", "rin"):
             raise SaekitError("--speed is for a-vit and rin, whose cost is what they are about; leave it out")
         if self.explain is not None:
             kind.target(saved).step(self.explain)
-        facts = {"model": self.name, **kind.measure(saved, self.rows or _ROWS)}
+        facts = {"model": self.name, **kind.measure(saved, rows)}
         if self.explain is not None:
             from saekit.adaptive.explain import explain_step
 
@@ -129,11 +127,13 @@ class Adaptive:
             facts["questions"] = kind.ask(saved)
         return facts | (self.timed(saved) if self.speed else {})
 
-    def check_rows(self, kind: str) -> None:
+    def rows_of(self, kind: str) -> int:
+        """How many rows of text to measure on; raises SaekitError if they are asked of a model that reads none."""
         from saekit.errors import SaekitError
 
         if self.rows is not None and kind != "duo-llm":
             raise SaekitError(f"--rows is for duo-llm, which reads text; leave it out of {kind}")
+        return self.rows or _ROWS
 
     def timed(self, saved: "Saved") -> dict[str, float]:
         from saekit.adaptive.a_vit import AViT

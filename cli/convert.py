@@ -78,13 +78,13 @@ class Convert:
         from .opened import open_sae
 
         opened = open_sae(self.sae, model=self.model, text=self.text, site=None, rows=None, device="cpu")
-        rows = opened.corpus.train
-        if (self.calibrate or 0) < rows.context:
+        rows, n_tokens = opened.corpus.train, self.calibrate or 0
+        if n_tokens < rows.context:
             raise SaekitError(
-                f"--calibrate {self.calibrate} is less than one row of {rows.context} tokens; thresholds take more, "
+                f"--calibrate {n_tokens} is less than one row of {rows.context} tokens; thresholds take more, "
                 "as in --calibrate 100000"
             )
-        rows = rows.select(slice((self.calibrate or 0) // rows.context))
+        rows = rows.select(slice(n_tokens // rows.context))
         harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
         with Progress("reading activations", len(rows), unit="rows") as progress:
             pool = []

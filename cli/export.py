@@ -103,7 +103,6 @@ def export_page(
     from saekit.activations.harvest import Harvest
     from saekit.dashboards.page_of_sae import page_of_crosscoder, page_of_sae, sample_rows
     from saekit.dashboards.static_page import check_writable, write_page
-    from saekit.patching.effects_file import kept_effects
 
     from .opened import OpenedCrosscoder
 
@@ -113,9 +112,7 @@ def export_page(
         page_of = partial(page_of_crosscoder, opened.crosscoder)
     else:
         sae, sites = opened.sae, (opened.site,)
-        kept = kept_effects(folder, sae)
-        is_theirs = kept is not None and _is_of(kept, opened)
-        page_of = partial(page_of_sae, sae, kept=kept if is_theirs else None)
+        page_of = partial(page_of_sae, sae, kept=_effects_of(folder, opened))
     rows = sample_rows(opened.corpus.train, max(1, n_tokens // opened.corpus.train.context))
     harvest = Harvest(target=opened.target, rows=rows, sites=sites, mask=opened.mask)
     documents = opened.corpus.train_documents
@@ -140,7 +137,10 @@ def export_page(
     }
 
 
-def _is_of(kept: "KeptEffects", opened: "OpenedSAE") -> bool:
-    """Whether effects are of this model, Site and text."""
+def _effects_of(folder: Path, opened: "OpenedSAE") -> "KeptEffects | None":
+    """What the folder has kept, if it is of this model, Site and text."""
+    from saekit.patching.effects_file import kept_effects
+
+    kept = kept_effects(folder, opened.sae)
     own = {"model": opened.target.name, "site": str(opened.site), "text": opened.text}
-    return all(kept.facts.get(name) == value for name, value in own.items())
+    return kept if kept is not None and own.items() <= kept.facts.items() else None

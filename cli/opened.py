@@ -58,9 +58,9 @@ def open_sae(
     settled = _settled(sae, model=model, text=text) | {"site": site or sae.cfg.hook_name}
     _check_settled(folder, settled)
     target, mask, corpus, is_own_text = _open_text(sae, settled, rows=rows, device=device)
-    site_, own = Site.parse(settled["site"]), sae.cfg.hook_name
-    is_as_trained = is_own_text and settled["model"] == sae.cfg.model_name and bool(own) and site_ == Site.parse(own)
-    return OpenedSAE(sae, target, site_, mask, settled["text"], corpus, is_own_text, is_as_trained)
+    is_as_trained = is_own_text and _is_placed_as_trained(sae, settled)
+    at = Site.parse(settled["site"])
+    return OpenedSAE(sae, target, at, mask, settled["text"], corpus, is_own_text, is_as_trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def open_crosscoder(
     settled = _settled(crosscoder.sae, model=model, text=text)
     _check_settled(folder, settled)
     target, mask, corpus, is_own_text = _open_text(crosscoder.sae, settled, rows=rows, device=device)
-    is_as_trained = is_own_text and settled["model"] == crosscoder.sae.cfg.model_name
+    is_as_trained = is_own_text and _is_placed_as_trained(crosscoder.sae, settled)
     return OpenedCrosscoder(crosscoder, target, mask, corpus, is_as_trained)
 
 
@@ -111,6 +111,13 @@ def check_some(flag: str, number: int) -> None:
 
 def _settled(sae: SAE, *, model: str | None, text: str | None) -> dict[str, Any]:
     return {"model": model or sae.cfg.model_name, "text": text or sae.cfg.metadata.get("text")}
+
+
+def _is_placed_as_trained(sae: SAE, settled: Mapping[str, Any]) -> bool:
+    """Whether model and, where one was to be settled, Site are those of training."""
+    own = sae.cfg.hook_name
+    is_own_site = bool(own) and Site.parse(settled.get("site", own)) == Site.parse(own)
+    return is_own_site and settled["model"] == sae.cfg.model_name
 
 
 def _open_text(

@@ -255,8 +255,9 @@ def test_macs_are_what_the_linear_maps_and_patterns_multiply():
 @pytest.mark.parametrize("mac_ratio, layer", [(0.01, 0), (0.26, 1), (0.999, 3), (1.0, 3)])
 def test_an_early_exit_is_the_first_layer_that_costs_as_much_without_any_choice(mac_ratio, layer):
     model, images = a_vit_of(), images_of(30)
-    labels = model.classify(model(images, halts=False).states[:, layer]).argmax(1)
-    found = early_exit(model, images, labels, mac_ratio=mac_ratio)
+    class_logits = model.classify(model(images, halts=False).states)
+    labels = class_logits[:, layer].argmax(1)
+    found = early_exit(model, class_logits, labels, mac_ratio=mac_ratio)
     ends = 16 * 4 * 16 + 16 * 10
     per_layer = (4 + 8) * 17 * 16**2 + 2 * 17**2 * 16
     assert found["early_exit_mac_ratio"] == pytest.approx(((layer + 1) * per_layer + ends) / (4 * per_layer + ends))

@@ -72,6 +72,19 @@ def test_relative_additions_take_their_share_of_what_came_and_add_up(target, ord
     torch.testing.assert_close(added, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_relative_addition_takes_its_share_of_its_own_call_whatever_an_sae_met_at_another():
+    target, site = Target.wrap(Loop()), Site.parse("core@1")
+    x = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(1)) * 20
+    edits = [
+        Intervention(site=Site.parse("core@0"), operation=Scale(1 + 1e-7), features=(1, 2), may_idle=True),
+        Intervention(site=site, operation=Add(0.5, relative=True), direction=DIRECTION),
+    ]
+    came = target.read(x, [site])[site]
+    with torch.no_grad(), intervening(target, edits, {Site.parse("core@0"): sae_of()}):
+        added = target.read(x, [site])[site] - came
+    torch.testing.assert_close(added.norm(dim=-1), 0.5 * came.norm(dim=-1), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("put", ["core@*", "core", "core@2"])
 @pytest.mark.parametrize("at", ["core@1", "core@*"])
 def test_an_edit_leaves_saes_at_the_calls_where_they_were_put(put, at):

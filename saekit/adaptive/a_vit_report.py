@@ -34,6 +34,7 @@ def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> di
     images, labels = data.test_images(model.config.image), data.test_labels
     target = a_vit_target(model)
     trace = target.trace(images)
+    unhalted = trace_with(target, images, [Force("go on")])
     inked = foreground(images, model.config.patch)
     depth = trace.depth[:, trace.extra :].float()
     facts: dict[str, Any] = {
@@ -47,25 +48,33 @@ def measure_a_vit(model: AViT, control: AViT | None, data: LabelledImages) -> di
         "depth_foreground": float(depth[inked].mean()),
         "depth_background": float(depth[~inked].mean()),
         "depth_auc": auc(depth.flatten(), inked.flatten()),
-        "full_depth_accuracy": accuracy(trace_with(target, images, [Force("go on")]).more["logits"], labels),
+        "full_depth_accuracy": accuracy(unhalted.more["logits"], labels),
         "shuffled_accuracy": _shuffled_accuracy(target, trace, images, labels),
-        **early_exit(model, images, labels, mac_ratio=float(trace.mac_ratio.mean())),
+        **early_exit(model, unhalted.more["class_logits"], labels, mac_ratio=float(trace.mac_ratio.mean())),
         "live_per_block": trace.live.sum(2).float().mean(0).tolist(),
         "unanswered_by_layer": trace.live[:, :, 0].float().mean(0).tolist(),
     }
     return facts | _by_class(trace, labels)
 
 
-@torch.no_grad()
-def early_exit(model: AViT, images: Tensor, labels: Tensor, *, mac_ratio: float) -> dict[str, float]:
-    """All tokens as far as the first layer that costs at least `mac_ratio`, and the class token as it is there."""
+def early_exit(
+    model: AViT,
+    class_logits: Float[Tensor, "n layers classes"],
+    labels: Int[Tensor, " n"],
+    *,
+    mac_ratio: float,
+) -> dict[str, float]:
+    """All tokens as far as the first layer that costs at least `mac_ratio`, and the class token as it is there.
+
+    Args:
+        class_logits: what each layer's class token says where no token halts.
+    """
     tokens, layers = model.config.tokens, model.config.layers
     entered = torch.ones(layers, layers).tril() * tokens  # (leaves behind layer, layer)
     ratios = model.macs(entered) / model.macs(entered[-1:])
     layer = int((ratios >= mac_ratio).nonzero()[0])
-    states = model(images, halts=False).states
     return {
-        "early_exit_accuracy": accuracy(model.classify(states[:, layer]), labels),
+        "early_exit_accuracy": accuracy(class_logits[:, layer], labels),
         "early_exit_mac_ratio": float(ratios[layer]),
     }
 

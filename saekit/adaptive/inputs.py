@@ -1,5 +1,6 @@
 """What a user types after `saekit adaptive trace`: an image or a text, as the model wants it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,8 +77,13 @@ def encode_text(text: str) -> list[int]:
             ) from error
     if not text.strip():
         raise DataError("the text is empty; give at least a word")
-    tokenizer: Any = Target.load("pystd").tokenizer
-    return tokenizer(text)["input_ids"]
+    return pystd_tokenizer()(text)["input_ids"]
+
+
+@cache
+def pystd_tokenizer() -> Any:
+    """What Duo-LLM reads with; loaded once."""
+    return Target.load("pystd").tokenizer
 
 
 def _is_file(path: Path) -> bool:

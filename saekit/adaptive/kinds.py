@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +20,16 @@ from saekit.adaptive.duo_llm import DuoLLM
 from saekit.adaptive.duo_recipe import ROUTER, DuoRecipe, load_once
 from saekit.adaptive.duo_report import measure_duo
 from saekit.adaptive.duo_router import calibrate, router_logits
+from saekit.adaptive.inputs import pystd_tokenizer
 from saekit.adaptive.questions import a_vit, adatape, duo_llm, rin
 from saekit.adaptive.questions.answers import Answers
 from saekit.adaptive.rin import RIN
 from saekit.adaptive.rin_recipe import DENOISING, RINRecipe
 from saekit.adaptive.rin_report import Judge, measure_rin
 from saekit.adaptive.rin_target import rin_target
-from saekit.adaptive.saved import Saved, check_place, filled, save_adaptive
+from saekit.adaptive.saved import Saved, check_folder, filled, save_adaptive
 from saekit.adaptive.stages import STATE_FILE, OnReport, Recipe, train_stages
 from saekit.errors import UnknownNameError
-from saekit.targets import Target
 
 CALIBRATION_ROWS = 64
 # of text, to learn features of deciders from and to test them on
@@ -87,7 +86,7 @@ def train_kind(
         FileError: `resume` without a state, a state without `resume`, or a folder that cannot be written.
     """
     kind, out = kind_of(name), out.expanduser().resolve()
-    check_place(out)
+    check_folder(out)
     recipe = kind.recipe(seed)
     beside = out.with_name(out.name + ".training")
     saved = kind.finish(recipe, train_stages(recipe, beside, resume=resume, on_report=on_report))
@@ -160,11 +159,6 @@ def _sequences(saved: Saved, tested: int = 4096) -> tuple[Tensor, Tensor]:
     return learnt, test[:tested]
 
 
-@cache
-def _pystd_tokenizer() -> Any:
-    return Target.load("pystd").tokenizer
-
-
 def _as_dict(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe)  # pyright: ignore[reportArgumentType]
 
@@ -184,10 +178,10 @@ KINDS: Mapping[str, Kind] = {
         recipe=lambda seed: DuoRecipe(seed=seed),
         finish=_finish_duo,
         measure=_measure_duo,
-        target=lambda saved: duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()),
+        target=lambda saved: duo_target(cast(DuoLLM, saved.model), pystd_tokenizer()),
         inputs=_rows,
         ask=lambda saved: duo_llm.ask(
-            duo_target(cast(DuoLLM, saved.model), _pystd_tokenizer()), cast(DuoLLM, saved.model), *_rows(saved)
+            duo_target(cast(DuoLLM, saved.model), pystd_tokenizer()), cast(DuoLLM, saved.model), *_rows(saved)
         ),
     ),
     "adatape": Kind(

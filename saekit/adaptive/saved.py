@@ -52,7 +52,7 @@ class Saved:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_place(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Find out before minutes of work that `save_adaptive` cannot write here.
 
     Raises:
@@ -65,9 +65,9 @@ def save_adaptive(saved: Saved, folder: Path) -> None:
     """Write the folder whole or not at all.
 
     Raises:
-        FileError: as `check_place`.
+        FileError: as `check_folder`.
     """
-    check_place(folder)
+    check_folder(folder)
     model: Any = saved.model
     described = {
         "kind": saved.kind,

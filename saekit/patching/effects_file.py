@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from saekit.errors import FileError
 from saekit.patching.corpus_effects import CorpusEffects, ExactCheck
 from saekit.sae import SAE
-from saekit.sae_config import describe_rule, rule_tensors
+from saekit.sae_config import describe_rule
 from saekit.training.state_file import read_state, write_state
+from saekit.training.warm_start import checksum_of_weights
 
 FILE = "effects.safetensors"
 
@@ -83,8 +83,4 @@ def kept_effects(folder: Path, sae: SAE) -> KeptEffects | None:
 def fingerprint(sae: SAE) -> str:
     """Of all that decides what an SAE reads and writes: weights, rule and normalisation."""
     settings = describe_rule(sae.rule), sae.cfg.normalisation, sae.cfg.apply_b_dec_to_input
-    found = hashlib.sha256(repr(settings).encode())
-    tensors = dict(sae.named_parameters()) | dict(rule_tensors(sae.rule, sae.n_features))
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return found.hexdigest()
+    return hashlib.sha256(repr((settings, checksum_of_weights(sae))).encode()).hexdigest()

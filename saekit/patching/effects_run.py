@@ -20,6 +20,7 @@ from saekit.patching.corpus_effects import (
     CheckSums,
     EffectSettings,
     EffectSums,
+    active_tokens,
     check_exactly,
     corpus_effects,
 )
@@ -105,8 +106,9 @@ def measure_effects(
                 run.target, run.sae, run.site, run.rows,
                 mask=run.mask, settings=run.settings, after=done.effects, on_batch=attributed,
             )  # fmt: skip
+            checked_rows = run.rows.select(slice(run.check_rows))
             check = check_exactly(
-                run.target, run.sae, run.site, run.rows.select(slice(run.check_rows)), _sample(run, effects.active),
+                run.target, run.sae, run.site, checked_rows, _sample(run, effects.active, checked_rows),
                 mask=run.mask, settings=run.settings, after=done.check, on_batch=checked,
             )  # fmt: skip
         except StopRequested as stop:
@@ -126,12 +128,16 @@ def forget_unfinished(run: EffectsRun) -> None:
     run.unfinished.unlink(missing_ok=True)
 
 
-def _sample(run: EffectsRun, active: Int[Tensor, " n_features"]) -> Int[Tensor, " m"]:
+def _sample(run: EffectsRun, active: Int[Tensor, " n_features"], checked: TokenRows) -> Int[Tensor, " m"]:
+    """Of the features that are active at all, some that are on the rows to be checked too."""
     alive = (active > 0).nonzero()[:, 0]
-    if len(alive) < 2:
-        raise DataError(f"{len(alive)} feature is active on this text, and a check needs 2; give more text")
-    drawn = torch.randperm(len(alive), generator=torch.Generator().manual_seed(run.settings.seed))
-    return alive[drawn[: run.check_features]].sort().values
+    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(run.settings.seed))
+    there = active_tokens(run.target, run.sae, run.site, checked, mask=run.mask, settings=run.settings) > 0
+    drawn = alive[order]
+    drawn = drawn[there[drawn]]
+    if len(drawn) < 2:
+        raise DataError(f"{len(drawn)} feature is active on this text, and a check needs 2; give more text")
+    return drawn[: run.check_features].sort().values
 
 
 def _described(run: EffectsRun) -> dict[str, Any]:

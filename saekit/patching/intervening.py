@@ -227,12 +227,14 @@ class _Run:
             rows = x.reshape(*grid.keep.shape, x.shape[-1])
             edited = torch.zeros_like(grid.keep)
             seen = self.seen_now(self.place(site), grid)
-            came = x if seen is None or seen.x.shape != x.shape else seen.x  # before features were edited
-            norms = came.detach().float().reshape(rows.shape).norm(dim=-1)
+            # before features were edited
+            came = x if seen is None or seen.grid.call != grid.call else seen.x
+            before = came.detach().reshape(rows.shape)
             for number in numbers:
                 wanted = self.choose(number, grid, here=None)
                 if bool(wanted.any()):
-                    changed = self.changed_vectors(number, rows[wanted], norms[wanted], wanted, grid)
+                    norm = before[wanted].float().norm(dim=1)
+                    changed = self.changed_vectors(number, rows[wanted], norm, wanted, grid)
                     rows = rows.index_put((wanted,), changed.to(x))
                     edited = edited | wanted
             self.compare(site, came, rows, edited, grid)

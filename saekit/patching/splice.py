@@ -242,15 +242,17 @@ def go_on(sae: SAE, met: Met, y: Tensor, *, use_error_term: bool) -> Seen:
 
 def write(codes: SparseCodes, sae: SAE, rows: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, "n_tokens d_model"]:
     """What some entries write into activations `rows`, without the bias."""
-    written = decode_rows(codes.values, codes.features, codes.row_starts, sae.decoder)
-    restore = sae.cfg.normalisation.restore  # which shifts what it scales
-    return restore(written, rows) - restore(torch.zeros_like(written), rows)
+    return _in_units_of(rows, decode_rows(codes.values, codes.features, codes.row_starts, sae.decoder), sae)
 
 
 def unit_written(sae: SAE, rows: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, " n_tokens"]:
     """How much of its decoder row a feature of strength 1 writes into each of the activations."""
-    restore, one = sae.cfg.normalisation.restore, rows.new_ones(len(rows), 1)
-    return (restore(one, rows) - restore(torch.zeros_like(one), rows))[:, 0]
+    return _in_units_of(rows, rows.new_ones(len(rows), 1), sae)[:, 0]
+
+
+def _in_units_of(rows: Float[Tensor, "n_tokens d_model"], written: Float[Tensor, "n_tokens _"], sae: SAE) -> Tensor:
+    restore = sae.cfg.normalisation.restore  # which shifts what it scales
+    return restore(written, rows) - restore(torch.zeros_like(written), rows)
 
 
 def run_with_saes(

@@ -30,8 +30,8 @@ _BLOCK_SPELLINGS = re.compile(
     r"(?P<list>blocks|(?:model\.)?layers|(?:transformer\.)?h|gpt_neox\.layers|model\.decoder\.layers)"
     r"\.(?P<index>[0-9]+)(?:\.(?P<rest>.+))?"
 )
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 DOWN_PROJECTION = ("down_proj", "c_proj", "dense_4h_to_h", "fc_out", "fc2", "w2")
 OUT_PROJECTION = ("o_proj", "c_proj", "out_proj", "dense")
 # the norm between attention and MLP; read from the left, since Gemma has two of these and means the first
@@ -88,7 +88,7 @@ def find_blocks(model: nn.Module) -> str | None:
     """
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    attending = [path for path in outermost if any(_child(block, ATTENTION) for block in lists[path])]
+    attending = [path for path in outermost if any(_child(block, _ATTENTION) for block in lists[path])]
     fitting = attending or outermost
     depth = config_number(model, "num_hidden_layers", "n_layers")
     as_deep = [path for path in fitting if len(lists[path]) == depth]
@@ -142,7 +142,7 @@ def _inside_block(path: str, block: nn.Module, rest: str | None, side: Side, nam
     if rest in _HOOKS:
         child, side = _tensor_of_block(block, _HOOKS[rest], name)
         return f"{path}.{child}" if child else path, side
-    for synonyms in (ATTENTION, MLP):
+    for synonyms in (_ATTENTION, _MLP):
         if rest in synonyms:
             rest = _child(block, (rest, *synonyms)) or rest
     return f"{path}.{rest}", side
@@ -153,7 +153,7 @@ def _tensor_of_block(block: nn.Module, tensor: str, name: str) -> tuple[str | No
     if tensor in ("resid_pre", "resid_post"):
         return None, Side.INPUT if tensor == "resid_pre" else Side.OUTPUT
     children = dict(block.named_children())
-    attention, mlp = _child(block, ATTENTION), _child(block, MLP)
+    attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
     # where a block also norms what it adds to the stream, what it adds is that norm's output
     if tensor == "attn_out":
         normed = "post_attention_layernorm" if "post_feedforward_layernorm" in children else "post_self_attn_layernorm"

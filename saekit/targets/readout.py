@@ -1,19 +1,18 @@
 """How a language model reads out its residual stream: final norm and output embedding, and which Sites stand in it."""
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saekit.targets.names import ATTENTION, DOWN_PROJECTION, MLP, OUT_PROJECTION, find_blocks
+from saekit.errors import SaekitError
+from saekit.targets.names import DOWN_PROJECTION, OUT_PROJECTION, Place, find_blocks, find_place
 from saekit.targets.site import Side, Site
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
-# Gemma 2 and 3 norm what a block's parts write before it is added; elsewhere the first of these is read from the stream
-_NORMS_OF_WRITERS = ("post_attention_layernorm", "post_feedforward_layernorm")
-_HAS_THEM = "pre_feedforward_layernorm"
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
@@ -70,17 +69,23 @@ def is_in_stream(model: nn.Module, site: Site) -> bool:
         return True
     if blocks is None or not own.module.startswith(f"{blocks}."):
         return False
-    index, *rest = own.module.removeprefix(f"{blocks}.").split(".")
-    if not rest:
+    index, *inside = own.module.removeprefix(f"{blocks}.").split(".")
+    places = _stream_of_block(model, index)
+    if (own.module, own.side) in places:
         return True
-    has_norms_of_writers = hasattr(model.get_submodule(f"{blocks}.{index}"), _HAS_THEM)
-    if own.side is Side.INPUT:
-        reads = len(rest) == 1 and ("norm" in rest[0] or rest[0].startswith("ln"))
-        return reads and not (has_norms_of_writers and rest[0] in _NORMS_OF_WRITERS)
-    if has_norms_of_writers:
-        return len(rest) == 1 and rest[0] in _NORMS_OF_WRITERS
-    if rest[0] in ATTENTION:
-        return len(rest) == 1 or rest[1:] in [[name] for name in OUT_PROJECTION]
-    if rest[0] in (*MLP, "mixer"):
-        return len(rest) == 1 or rest[1:] in [[name] for name in DOWN_PROJECTION]
-    return rest in [[name] for name in DOWN_PROJECTION]
+    parent, _, name = own.module.rpartition(".")
+    is_child = len(inside) == 1
+    if own.side is Side.INPUT:  # of a norm that reads the stream, not of one of what is added to it
+        return is_child and ("norm" in name or name.startswith("ln")) and (own.module, Side.OUTPUT) not in places
+    # what a part of the block ends with is what the part gives; some blocks have that end without the part
+    ends = name in (*OUT_PROJECTION, *DOWN_PROJECTION) and (parent, Side.OUTPUT) in places
+    return ends or (is_child and name in (*DOWN_PROJECTION, "mixer"))
+
+
+def _stream_of_block(model: nn.Module, index: str) -> set[Place]:
+    """Where a block has the stream, or what it adds to it, by TransformerLens' names for these."""
+    places: set[Place] = set()
+    for hook in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
+        with suppress(SaekitError):  # a model that does not compute it alone
+            places.add(find_place(model, f"blocks.{index}.{hook}", Side.OUTPUT))
+    return places

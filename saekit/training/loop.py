@@ -22,7 +22,7 @@ from saekit.training.keep import Keeper
 from saekit.training.saved_run import RunFile, load_run
 from saekit.training.state_file import check_unfinished
 from saekit.training.step import Report, TrainState, cfg_of, train_step
-from saekit.training.warm_start import fingerprint
+from saekit.training.warm_start import checksum_of_weights
 
 # activations that set the pre-bias and the input scale, and that calibrate thresholds at the end
 SAMPLE_TOKENS = 32_768
@@ -217,7 +217,7 @@ def _check(configs: Sequence[TrainConfig], source: ActivationSource) -> TrainCon
 
 def _facts(source: ActivationSource, start: Sequence[SAE] | None) -> Mapping[str, Any]:
     facts = resumable(source).facts()
-    return dict(facts) | {f"start ({n})": fingerprint(sae) for n, sae in enumerate(start or (), start=1)}
+    return dict(facts) | {f"start ({n})": checksum_of_weights(sae) for n, sae in enumerate(start or (), start=1)}
 
 
 def resumable(source: ActivationSource) -> ResumableSource:

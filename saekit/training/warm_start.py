@@ -27,10 +27,10 @@ def check_start(start: SAE, cfg: SAEConfig, *, skip: bool) -> None:
         raise SaekitError(f"cannot start from this SAE: {'; '.join(differing)}; change the run, or start without it")
 
 
-def fingerprint(start: SAE) -> int:
+def checksum_of_weights(sae: SAE) -> int:
     """Differs for SAEs whose weights differ; a run that goes on must have begun with the same."""
     found = 0
-    for tensor in (*start.parameters(), *rule_tensors(start.rule, start.n_features).values()):
+    for tensor in (*sae.parameters(), *rule_tensors(sae.rule, sae.n_features).values()):
         found = checksum(tensor, found)
     return found
 
