@@ -145,21 +145,6 @@ def corpus_effects(
     return CorpusEffects(total[0] / fired, low, high, total[1] / fired, total[2].long(), sums.rows)
 
 
-def active_tokens(
-    target: Target,
-    sae: SAE,
-    site: Site,
-    rows: TokenRows,
-    *,
-    mask: MaskPolicy = MaskPolicy(),
-    settings: EffectSettings = EffectSettings(),
-) -> Int[Tensor, " n_features"]:
-    """On how many tokens that count each feature is active."""
-    tokens = TokenMask(policy=mask, bos=rows.bos, pad=rows.pad)
-    own = read_prompts(target, sae, site, rows.ids, mask=tokens, batch_rows=settings.batch_rows)
-    return own.codes.feature_counts().cpu()
-
-
 @dataclass(frozen=True, slots=True)
 class ExactCheck:
     """Attributed against exact effects, in nats per token on which the feature is active.

@@ -20,11 +20,12 @@ from saekit.patching.corpus_effects import (
     CheckSums,
     EffectSettings,
     EffectSums,
-    active_tokens,
     check_exactly,
     corpus_effects,
 )
+from saekit.patching.effects import read_prompts
 from saekit.patching.effects_file import KeptEffects, fingerprint
+from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.targets import Site, Target
 from saekit.training.state_file import check_unfinished, read_state, write_state
@@ -132,7 +133,8 @@ def _sample(run: EffectsRun, active: Int[Tensor, " n_features"], checked: TokenR
     """Of the features that are active at all, some that are on the rows to be checked too."""
     alive = (active > 0).nonzero()[:, 0]
     order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(run.settings.seed))
-    there = active_tokens(run.target, run.sae, run.site, checked, mask=run.mask, settings=run.settings) > 0
+    tokens = TokenMask(policy=run.mask, bos=checked.bos, pad=checked.pad)
+    there = read_prompts(run.target, run.sae, run.site, checked.ids, mask=tokens).codes.feature_counts().cpu() > 0
     drawn = alive[order]
     drawn = drawn[there[drawn]]
     if len(drawn) < 2:
