@@ -52,9 +52,10 @@ class Convert:
         if self.calibrate is None and (self.model or self.text):
             raise SaekitError("--model and --text say what --calibrate reads; give --calibrate too, or leave them out")
         described = describe(self.sae)
-        sae = load(self.sae, input_scale=self.input_scale)
-        if self.calibrate is not None:
-            sae = self._calibrated(sae)
+        if self.calibrate is None:
+            sae = load(self.sae, input_scale=self.input_scale)
+        else:
+            sae = self._calibrated(self.calibrate)
         convert(sae, self.out, to=self.to)
         facts = {
             "from": described.format,
@@ -68,7 +69,7 @@ class Convert:
         write_facts(facts, as_json=self.json, text=lambda: columns((name, str(value)) for name, value in facts.items()))
         return 0
 
-    def _calibrated(self, sae: "SAE") -> "SAE":
+    def _calibrated(self, n_tokens: int) -> "SAE":
         import torch
 
         from saekit.activations.harvest import Harvest
@@ -77,8 +78,16 @@ class Convert:
 
         from .opened import open_sae
 
-        opened = open_sae(self.sae, model=self.model, text=self.text, site=None, rows=None, device="cpu")
-        rows, n_tokens = opened.corpus.train, self.calibrate or 0
+        opened = open_sae(
+            self.sae,
+            model=self.model,
+            text=self.text,
+            site=None,
+            rows=None,
+            device="cpu",
+            input_scale=self.input_scale,
+        )
+        rows = opened.corpus.train
         if n_tokens < rows.context:
             raise SaekitError(
                 f"--calibrate {n_tokens} is less than one row of {rows.context} tokens; thresholds take more, "
@@ -91,4 +100,4 @@ class Convert:
             for batches in harvest.in_order():
                 pool.append(batches[opened.site].vectors)
                 progress.to(min(progress.done + harvest.batch_rows, len(rows)))
-        return sae.with_rule(calibrate(sae, torch.cat(pool)))
+        return opened.sae.with_rule(calibrate(opened.sae, torch.cat(pool)))

@@ -64,6 +64,7 @@ class Effects:
         from saekit.patching.corpus_effects import EffectSettings
         from saekit.patching.effects_file import keep_effects
         from saekit.patching.effects_run import EffectsRun, forget_unfinished, measure_effects
+        from saekit.selection import check_serves_prompts
 
         from .opened import open_sae
 
@@ -71,6 +72,7 @@ class Effects:
         opened = open_sae(
             self.sae, model=self.model, text=self.text, site=self.site, rows=self.rows, device=self.device
         )
+        check_serves_prompts(opened.sae.rule)
         if not self.sae.is_dir():
             raise SaekitError(
                 f"{self.sae} is not a folder, and what is measured is kept in the SAE's folder; "

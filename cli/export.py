@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .export_for import export_delphi, export_neuronpedia
-from .output import Progress, columns, write_facts
+from .output import Progress, columns, warn, write_facts
 
 if TYPE_CHECKING:
     from saekit.patching.effects_file import KeptEffects
@@ -22,7 +22,8 @@ class Export:
 
     One HTML file that needs nothing else, for looking at and for sending to somebody. Features of an
     SAE on Python source are scored against the concepts of the language. Effects on the model's loss are shown if
-    `saekit effects` has measured them. Of a crosscoder each feature's page says at which Sites it lives.
+    `saekit effects` has measured them on the same text. Of a crosscoder each feature's page says at which Sites it
+    lives.
 
     Example:
       saekit export sae --out features.html
@@ -54,6 +55,8 @@ class Export:
     """YAML file with any of these settings; flags win over it."""
 
     def run(self) -> int:
+        from saekit.selection import check_serves_prompts
+
         from .opened import check_some, is_crosscoder, open_sae
 
         check_some("--features", self.features)
@@ -61,6 +64,7 @@ class Export:
         if is_crosscoder(self.sae):
             return self._run_joint()
         opened = open_sae(self.sae, model=self.model, text=self.text, site=self.site, rows=None, device=self.device)
+        check_serves_prompts(opened.sae.rule)
         match self.to:
             case "neuronpedia":
                 out = self.out or Path("neuronpedia")
@@ -74,6 +78,7 @@ class Export:
 
     def _run_joint(self) -> int:
         from saekit.errors import SaekitError
+        from saekit.selection import check_serves_prompts
 
         from .opened import check_own_sites, open_crosscoder
 
@@ -81,6 +86,7 @@ class Export:
         if self.to != "page":
             raise SaekitError(f"{self.sae} is a crosscoder, and {self.to} takes SAEs of one Site; leave --to out")
         opened = open_crosscoder(self.sae, model=self.model, text=self.text, rows=None, device=self.device)
+        check_serves_prompts(opened.crosscoder.sae.rule)
         self._write(self._page_of(opened))
         return 0
 
@@ -138,9 +144,18 @@ def export_page(
 
 
 def _effects_of(folder: Path, opened: "OpenedSAE") -> "KeptEffects | None":
-    """What the folder has kept, if it is of this model, Site and text."""
+    """What the folder has kept, if it is of this model, Site and text; otherwise a line says what it is of."""
     from saekit.patching.effects_file import kept_effects
 
     kept = kept_effects(folder, opened.sae)
+    if kept is None:
+        return None
     own = {"model": opened.target.name, "site": str(opened.site), "text": opened.text}
-    return kept if kept is not None and own.items() <= kept.facts.items() else None
+    other = [what for what in own if kept.facts.get(what) != own[what]]
+    if not other:
+        return kept
+    warn(
+        "; ".join(f"{what} {own[what]}, not {kept.facts.get(what)}" for what in other)
+        + f": the effects kept in {folder} are left out; `saekit effects` measures them anew"
+    )
+    return None

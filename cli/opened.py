@@ -14,6 +14,7 @@ from saekit.crosscoder import Crosscoder, joined_sites
 from saekit.errors import SaekitError
 from saekit.loading import describe, load
 from saekit.sae import SAE
+from saekit.selection import check_serves_prompts
 from saekit.targets import Site, Target
 
 BUNDLED_SAE = "pystd/layers.2"
@@ -41,11 +42,19 @@ class OpenedSAE:
 
 
 def open_sae(
-    folder: Path, *, model: str | None, text: str | None, site: str | None, rows: int | None, device: str
+    folder: Path,
+    *,
+    model: str | None,
+    text: str | None,
+    site: str | None,
+    rows: int | None,
+    device: str,
+    input_scale: float | None = None,
 ) -> OpenedSAE:
     """Load an SAE, its model and its text.
 
     Args:
+        input_scale: as of `saekit.load`.
         rows: how many held-out rows to keep, the first ones; all that training set aside, or all of another
             text, if None.
 
@@ -54,7 +63,7 @@ def open_sae(
             is less than 1.
     """
     _check_rows(rows)
-    sae = load_of_one_site(folder, device)
+    sae = load_of_one_site(folder, device, input_scale=input_scale)
     settled = _settled(sae, model=model, text=text) | {"site": site or sae.cfg.hook_name}
     _check_settled(folder, settled)
     target, mask, corpus, is_own_text = _open_text(sae, settled, rows=rows, device=device)
@@ -167,13 +176,13 @@ def _check_unchanged(text: str, corpus: Corpus, recorded: Mapping[str, Any]) -> 
         )
 
 
-def load_of_one_site(name: Path | str, device: str = "cpu") -> SAE:
+def load_of_one_site(name: Path | str, device: str = "cpu", *, input_scale: float | None = None) -> SAE:
     """An SAE of any format.
 
     Raises:
         SaekitError: a crosscoder, which few commands can place.
     """
-    sae = load(name, device=device)
+    sae = load(name, device=device, input_scale=input_scale)
     if sites := joined_sites(sae.cfg.metadata):
         raise SaekitError(
             f"{name} is a crosscoder of {', '.join(sites)}, and this needs an SAE of one Site; `saekit eval` "
@@ -227,6 +236,7 @@ def place_on_model(names: Sequence[str], *, model: str | None, sites: Sequence[s
         site, recorded = Site.parse(settled["site"]), sae.cfg.metadata
         if site in saes:
             raise SaekitError(f"{name} is a second SAE for {site}; give one for each Site, or say where with --site")
+        check_serves_prompts(sae.rule)
         saes[site] = sae
         mask, row_bos = MaskPolicy(**recorded.get("mask", {})), recorded.get("row_bos", True)
         own = {"model": settled["model"], "mask": mask, "row_bos": row_bos}

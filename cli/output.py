@@ -20,6 +20,11 @@ def write_facts(facts: Mapping[str, Any], *, as_json: bool, text: Callable[[], s
     print(json.dumps(plain(facts), indent=2, ensure_ascii=False) if as_json else text())
 
 
+def warn(message: object) -> None:
+    """Print a line on stderr that a result is not quite what was asked for."""
+    print(f"Warning: {message}", file=sys.stderr)
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's own types. NaN and infinity become null: JSON has no word for them."""
     if value is None or isinstance(value, bool | str):

@@ -1,7 +1,6 @@
 """`saekit steer`: what a model writes with and without an edit of some features."""
 
 import math
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .output import columns, write_facts
+from .output import columns, warn, write_facts
 
 if TYPE_CHECKING:
     from saekit.patching import Intervention
@@ -69,7 +68,7 @@ class Steer:
             facts = self.facts()
         said = [str(one.message) for one in caught if issubclass(one.category, OffDistributionWarning)]
         for message in said:
-            print(f"Warning: {message}", file=sys.stderr)
+            warn(message)
         shown = [("prompt", repr(self.prompt)), ("plain", repr(facts["plain"])), ("edited", repr(facts["edited"]))]
         write_facts({**facts, "warnings": said}, as_json=self.json, text=lambda: columns(shown))
         return 0

@@ -24,6 +24,8 @@ Answer = TypeVar("Answer")
 WAITS_S = (1.0, 3.0)
 
 _PLACE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^:@]+))?(?::(?P<path>.+))?")
+# how the Hub's client opens what it says before the reason
+_SAYS_NOTHING = re.compile(r"\(Request ID|Bad request\b.*:$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -264,8 +266,11 @@ def check_inside(name: str, *, of: str) -> None:
         raise FileError(f"{of} names a file {name[:80]!r}, which would lie outside its folder; nothing was fetched")
 
 
-def patiently(place: HubPlace, call: Callable[[], Answer]) -> Answer:
+def patiently(place: HubPlace, call: Callable[[], Answer], *, writes: bool = False) -> Answer:
     """What `call` answers, tried again where the Hub is at fault.
+
+    Args:
+        writes: whether it sends something there, for the error.
 
     Raises:
         FileError: in one line, whatever the Hub's client raised.
@@ -277,7 +282,7 @@ def patiently(place: HubPlace, call: Callable[[], Answer]) -> Answer:
             raise
         except Exception as error:  # the Hub's client raises whatever its transport raises
             if wait_s is None or _status(error) < 500:
-                raise _refusal(place, error) from error
+                raise _refusal(place, error, writes=writes) from error
             time.sleep(wait_s)
     raise AssertionError("the last try returns or raises")
 
@@ -294,7 +299,7 @@ def _status(error: BaseException) -> int:
     return next((int(getattr(response, "status_code", 0)) for response in responses if response is not None), 0)
 
 
-def _refusal(place: HubPlace, error: Exception) -> FileError:
+def _refusal(place: HubPlace, error: Exception, *, writes: bool) -> FileError:
     from huggingface_hub import constants, errors
 
     causes, status = tuple(_causes(error)), _status(error)
@@ -312,16 +317,25 @@ def _refusal(place: HubPlace, error: Exception) -> FileError:
     if is_a(errors.RepositoryNotFoundError) or status == 401:
         return FileError(
             f"no repository {place.repo} on the Hub (nor a local {place}), or a private one; check the name, or set "
-            "HF_TOKEN to a token that may read it"
+            f"HF_TOKEN to a token that may {'write' if writes else 'read'} it"
         )
     if is_a(errors.EntryNotFoundError) and status == 404:
         return FileError(f"{place.repo} has no {place.path} at {place.revision or 'main'}; check the path")
     if status >= 500:
         return UnreachableError(f"the Hub answers {status} for {place}, {len(WAITS_S) + 1} times now; try again later")
-    reason = next(iter(str(causes[-1]).strip().splitlines()), "") or type(causes[-1]).__name__
+    reason = _reason(causes[0] if status else causes[-1])
     if status or (is_a(OSError) and not is_a(errors.LocalEntryNotFoundError, ConnectionError)):
-        return FileError(f"cannot fetch {place}: {reason[:160]}; run it again, what has arrived is kept")
-    return UnreachableError(f"cannot reach the Hub for {place}: {reason[:160]}; check the network")
+        if writes:
+            return FileError(f"cannot write to {place}: {reason}; mend that, and send it again")
+        return FileError(f"cannot fetch {place}: {reason}; run it again, what has arrived is kept")
+    return UnreachableError(f"cannot reach the Hub for {place}: {reason}; check the network")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = (line.strip() for line in str(error).splitlines())
+    said = " ".join(line for line in lines if line and not _SAYS_NOTHING.match(line))
+    return said[:240] or type(error).__name__
 
 
 def _of_lfs(lfs: Any) -> str:

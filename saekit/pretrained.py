@@ -42,9 +42,12 @@ def locate(name: Path | str) -> Located:
         UnknownNameError: a release of the index, but no SAE of it.
         FileError: a name of no known form.
     """
-    path, text = Path(name).expanduser(), str(name)
-    if path.exists():
-        return Located(path)
+    path, text = Path(name), str(name)
+    # a home that nobody has, or more letters than a name of a file may have
+    with contextlib.suppress(RuntimeError, OSError):
+        path = path.expanduser()
+        if path.exists():
+            return Located(path)
     entry = None if path.is_absolute() else find_name(text)
     if entry is not None:
         return located(entry)

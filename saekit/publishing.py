@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from saekit import hub
+from saekit.crosscoder import joined_sites
 from saekit.errors import FileError, SaekitError
 from saekit.hub import HubPlace
 from saekit.sae import SAE
@@ -55,11 +56,16 @@ def upload(
         dry_run: sends nothing and asks nothing.
 
     Raises:
-        SaekitError: a place that cannot be written to.
+        SaekitError: a place that cannot be written to, or a crosscoder, which nobody could load from there.
         FileError: no token, no right to write there, or the Hub cannot be reached.
     """
     if place.revision is not None:
         raise SaekitError(f"{place} names a revision; uploads go to the main branch: give {place.repo} alone")
+    if sites := joined_sites(sae.cfg.metadata):
+        raise SaekitError(
+            f"this is a crosscoder of {', '.join(sites)}, and what `saekit.load` reads from the Hub has one Site; send "
+            "its folder with `hf upload`"
+        )
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside) / "sae"
         sae.save(folder)
@@ -77,8 +83,8 @@ def _send(folder: Path, place: HubPlace, *, public: bool) -> str:
     if get_token() is None:
         raise FileError("uploading needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
     api = HfApi()
-    hub.patiently(place, lambda: api.create_repo(place.repo, private=not public, exist_ok=True))
-    if not public and not hub.patiently(place, lambda: api.model_info(place.repo)).private:
+    hub.patiently(place, lambda: api.create_repo(place.repo, private=not public, exist_ok=True), writes=True)
+    if not public and not hub.patiently(place, lambda: api.model_info(place.repo), writes=True).private:
         raise SaekitError(f"{place.repo} exists and is public; pass --public if the SAE may be seen by everybody")
     message = f"SAE by saekit {version('saekit')}"
     sent = hub.patiently(
@@ -86,6 +92,7 @@ def _send(folder: Path, place: HubPlace, *, public: bool) -> str:
         lambda: api.upload_folder(
             repo_id=place.repo, folder_path=folder, path_in_repo=place.path or None, commit_message=message
         ),
+        writes=True,
     )
     return str(sent.commit_url)
 
@@ -100,7 +107,7 @@ def card(sae: SAE, place: HubPlace, *, licence: str | None = None) -> str:
         "library_name": "saekit",
         "tags": ["sparse-autoencoder", "interpretability"],
         **({"license": licence.lower()} if licence else {}),
-        **({"base_model": cfg.model_name} if "/" in cfg.model_name else {}),
+        **({"base_model": cfg.model_name} if _is_of_the_hub(cfg.model_name) else {}),
     }
     kind = "Transcoder" if sae.is_transcoder else "Sparse autoencoder"
     facts = {
@@ -122,6 +129,12 @@ def card(sae: SAE, place: HubPlace, *, licence: str | None = None) -> str:
         *_recipe_section(cfg.metadata),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _is_of_the_hub(model: str) -> bool:
+    """Whether a model's name is OWNER/NAME and no path on this machine, which the Hub would refuse."""
+    place = HubPlace.parse(model)
+    return place is not None and place.repo == model and not Path(model).exists()
 
 
 def _metrics_section(metadata: Mapping[str, Any]) -> list[str]:

@@ -52,6 +52,19 @@ class SelectionRule(Protocol):
     ) -> SparseCodes: ...
 
 
+def check_serves_prompts(rule: SelectionRule) -> None:
+    """Refuse a rule under which a prompt's later tokens would change what its earlier ones mean.
+
+    Raises:
+        SaekitError: naming the rule.
+    """
+    if rule.looks_across_tokens:
+        raise SaekitError(
+            f"{type(rule).__name__} decides over a batch and cannot serve a prompt; give the SAE thresholds: "
+            "`saekit convert SAE OUT --calibrate 100000`"
+        )
+
+
 class _Briefly:
     """Prints a rule as one would write it: what is as usual is left out."""
 

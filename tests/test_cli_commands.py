@@ -400,6 +400,8 @@ def test_what_cannot_work_is_one_line_that_says_what_to_do(place, tmp_path, caps
         (["train", "{place}/model", "nothing.npy"], "no token ids at nothing.npy; give a .npy file that exists"),
         (["train", "{place}/model", "owner/no-such-data"], "cannot read data set 'owner/no-such-data'"),
         (["eval", "{place}/nowhere"], "no file or folder"),
+        (["eval", "~nobody-of-that-name/sae"], "no file or folder ~nobody-of-that-name/sae"),
+        (["eval", "a" * 300], "no file or folder aaa"),
         (["eval", "{place}/model"], "in no format saekit knows"),
         (["export", "{place}/nowhere"], "no file or folder"),
         (

@@ -1,6 +1,7 @@
 """Features for Neuronpedia, codes for delphi, thresholds for SAELens: their layouts, and the numbers of ours."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,12 @@ from saekit.analysis.delphi_cache import write_delphi_cache
 from saekit.analysis.evaluate import evaluate
 from saekit.dashboards.neuronpedia import batch, write_batch
 from saekit.dashboards.page_of_sae import page_of_sae
-from saekit.errors import DataError, FileError
+from saekit.errors import DataError, FileError, SaekitError
 from saekit.loading import build, load, weights_of
+from saekit.patching import Add, Intervention
+from saekit.patching.generation import steer
 from saekit.sae import SAE
-from saekit.selection import MutualChoice, Threshold
+from saekit.selection import MutualChoice, Threshold, TopK
 from saekit.targets import Site, Target
 from saekit_cli.main import main
 
@@ -55,6 +58,12 @@ def test_neuronpedia_gets_its_keys_and_our_numbers(sae, harvest, tmp_path):
             assert all(isinstance(token, str) for token in example["tokens"])
         intervals = {example["bin_contains"] for example in feature["activations"]} - {-1}
         assert intervals <= {0.25}
+
+
+def test_neuronpedia_gets_a_text_whose_name_is_no_utf8(tmp_path):
+    path = write_batch(tmp_path, {"dataset": os.fsdecode(b"caf\xe9.txt"), "features": []})
+    assert json.loads(path.read_text(encoding="utf-8"))["dataset"].startswith("caf")
+    assert [file.name for file in tmp_path.iterdir()] == ["batch-0.json"]
 
 
 def test_delphi_finds_every_code_where_it_looks(sae, harvest, tmp_path):
@@ -94,12 +103,64 @@ def test_delphi_is_refused_what_it_cannot_hold(sae, harvest, tmp_path):
     assert (mine / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("config", ["{}", "[]", "{", '{"activation_dim": 256}', None])
+def test_delphi_never_replaces_an_sae_by_its_codes(config, sae, harvest, tmp_path):
+    (site,) = harvest.sites
+    place = tmp_path / site.module
+    place.mkdir()
+    (place / "ae.pt").write_bytes(b"weights")
+    if config is None:  # a cache, but somebody has put an SAE there, too
+        write_delphi_cache(tmp_path / "cache", sae, harvest, text="x")
+        config = (tmp_path / "cache" / site.module / "config.json").read_text()
+    (place / "config.json").write_text(config)
+    with pytest.raises(FileError, match="is no cache of delphi's; give another folder"):
+        write_delphi_cache(tmp_path, sae, harvest, text="x")
+    assert {path.name for path in place.iterdir()} == {"ae.pt", "config.json"}
+    (place / "ae.pt").unlink()
+
+
+def test_delphi_replaces_a_cache_of_its_own_whole(sae, harvest, tmp_path):
+    write_delphi_cache(tmp_path, sae, harvest, text="x", n_splits=5)
+    write_delphi_cache(tmp_path, sae, harvest, text="x", n_splits=2)
+    (place,) = tmp_path.iterdir()
+    assert {path.name for path in place.iterdir()} == {"0_1023.safetensors", "1024_2047.safetensors", "config.json"}
+
+
 def harvest_of_scaled(sae, harvest, scale) -> Harvest:
     """The same text on a model whose Site is that much larger."""
     embed = torch.nn.Embedding(harvest.target.vocabulary, sae.d_model)
     with torch.no_grad():
         embed.weight.mul_(scale)
     return Harvest(target=Target.wrap(torch.nn.Sequential(embed)), rows=harvest.rows, sites=(Site.parse("0"),))
+
+
+def test_a_batch_rule_serves_no_prompt_and_no_page(sae, tmp_path, capsys):
+    folder, text = str(tmp_path / "sae"), tmp_path / "text.py"
+    text.write_text("x = 1\n" * 4000)
+    metadata = {"text": str(text), "held_out_rows": 8}
+    build(replace(weights_of(sae), rule=MutualChoice(32), context_size=64, metadata=metadata)).save(folder)
+    for command in (["export", folder], ["effects", folder], ["steer", "x = 1", "--features", "3", "--sae", folder]):
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "MutualChoice decides over a batch and cannot serve a prompt; give the SAE thresholds: `saekit" in said
+    target, site = Target.load("pystd"), Site.parse(sae.cfg.hook_name)
+    edit = Intervention(site=site, operation=Add(1.0), features=(3,))
+    with pytest.raises(SaekitError, match="MutualChoice decides over a batch and cannot serve a prompt"):
+        steer(target, torch.tensor([0, 5]), [edit], {site: load(folder)})
+
+
+def test_calibration_reads_the_sae_under_the_input_scale_that_is_given(sae, tmp_path, capsys):
+    config = tmp_path / "sae" / "cfg.json"
+    build(replace(weights_of(sae), rule=TopK(32), context_size=64)).save(config.parent)
+    settings = json.loads(config.read_text()) | {"normalize_activations": "expected_average_only_in"}
+    del settings["saekit"]  # as SAELens writes it
+    config.write_text(json.dumps(settings))
+    text = tmp_path / "text.py"
+    text.write_text("x = 1\n" * 400)
+    arguments = ["convert", str(config.parent), str(tmp_path / "out"), "--calibrate", "128", "--text", str(text)]
+    for more, said in (([], "pass input_scale"), (["--input-scale", "0.5"], "TopK decides token by token already")):
+        assert main([*arguments, *more]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_convert_calibrates_a_batch_rule_on_text(sae, tmp_path, capsys):

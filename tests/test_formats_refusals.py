@@ -200,6 +200,15 @@ def test_a_config_that_is_no_config(text, tmp_path):
     assert re.search(r"cfg\.json (is not readable JSON|holds a list; expected names)", refusal(tmp_path / "sae"))
 
 
+@pytest.mark.parametrize("text", [None, "{}"], ids=["missing", "empty"])
+def test_weights_alone_do_not_say_their_rule(text, tmp_path):
+    config = copied(TOPK, tmp_path / "sae") / "cfg.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    assert re.search(r"has no cfg\.json beside it, which says its rule; copy the folder", refusal(tmp_path / "sae"))
+
+
 def test_a_config_of_gigabytes_is_not_read(tmp_path):
     with (copied(TOPK, tmp_path / "sae") / "cfg.json").open("wb") as file:
         file.truncate(2**31)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small_models import BOS, FIRST, IDS, SECOND, TOKENS, WIDTH, Loop, hooks, sae_of, tiny_llama
 from torch import Tensor
 
+from saekit.activations.mask import MaskPolicy
 from saekit.errors import SaekitError, ShapeError, UnknownNameError
 from saekit.patching import (
     Add,
@@ -28,6 +29,8 @@ from saekit.patching import (
     run_with_interventions,
     spliced,
 )
+from saekit.patching.intervening import _Run
+from saekit.patching.tokens import TokenMask
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import Threshold, TopK
@@ -121,6 +124,17 @@ def test_an_operation_on_features_changes_their_codes_as_it_says_and_writes_the_
     untouched = (new == clean[..., list(busy)]).all(-1) | ~TEXT
     assert not change[untouched].any()
     assert change[TEXT].any()
+
+
+@pytest.mark.parametrize("operation", [Mean, Resample])
+@pytest.mark.parametrize("along", [None, torch.ones(WIDTH)], ids=["whole", "direction"])
+def test_a_pool_goes_where_the_edited_vectors_are(target, operation, along):
+    """Activations are harvested to the CPU, wherever the model is; `meta` stands for another device."""
+    edit = Intervention(site=FIRST, operation=operation(POOL), direction=along)
+    run = _Run(target, (edit,), {}, TokenMask.of(target, MaskPolicy()))
+    there = torch.zeros(3, WIDTH, device="meta")
+    found = run.reader(0, there, None, None)(POOL)
+    assert found.device.type == "meta" and len(found) == len(POOL)
 
 
 def test_resampling_takes_all_features_of_a_token_from_one_vector_of_the_pool(target, sae, clean, busy):

@@ -67,7 +67,9 @@ def test_what_was_measured_in_training_is_not_shown_of_anything_else(folder, mor
     for name, extra in (("own", []), ("other", flags)):
         capsys.readouterr()
         assert main(["export", str(folder), "--out", f"{name}.html", "--features", "9", "--json", *extra]) == 0
-        shown[name] = json.loads(capsys.readouterr().out)["effects_shown"]
+        said = capsys.readouterr()
+        shown[name] = json.loads(said.out)["effects_shown"]
+        assert (f"the effects kept in {folder} are left out; `saekit effects`" in said.err) == (name == "other")
     assert shown["own"] > 0 and shown["other"] == 0
     assert "0.125" in Path("own.html").read_text() and "0.125" not in Path("other.html").read_text()
 

@@ -73,12 +73,18 @@ def test_the_likeliest_token_is_taken_whatever_the_model_asks_for(target):
     prompt = encode_prompt(target, "x = x + x + x + x +")
     plain = generate(target, prompt, Sampling(new_tokens=8))
     asked = target.model.generation_config
-    before = asked.repetition_penalty, asked.num_beams
-    asked.repetition_penalty, asked.num_beams = 3.0, 2
-    try:
-        assert torch.equal(generate(target, prompt, Sampling(new_tokens=8)), plain)
-    finally:
-        asked.repetition_penalty, asked.num_beams = before
+    wishes = {
+        "repetition_penalty": 3.0, "num_beams": 2, "suppress_tokens": plain.tolist()[:1], "num_return_sequences": 2,
+        "encoder_repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "penalty_alpha": 0.6,
+    }  # fmt: skip
+    for name, wish in wishes.items():
+        before = getattr(asked, name)
+        setattr(asked, name, wish)
+        try:
+            assert torch.equal(generate(target, prompt, Sampling(new_tokens=8)), plain)
+        finally:
+            setattr(asked, name, before)
+        assert target.model.generation_config is asked
 
 
 def test_draws_depend_on_the_seed_alone(target):

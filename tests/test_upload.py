@@ -100,6 +100,38 @@ def test_a_hub_that_stumbles_while_sending_is_asked_again(hub, folder, token):
     assert set(hub.repositories["me/saes"].files) >= FILES
 
 
+@pytest.mark.parametrize(
+    "part, status, said",
+    [
+        ("/commit/", 403, "cannot write to me/saes: 403 Forbidden: "),
+        ("/preupload/", 400, "cannot write to me/saes: out of order; mend that, and send it again"),
+        ("/validate-yaml", 400, "cannot write to me/saes: Invalid metadata in README.md.; mend that, and"),
+        ("/repos/create", 401, "HF_TOKEN to a token that may write it"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_as_sending(hub, folder, token, part, status, said, capsys):
+    hub.broken[part] = [status]
+    assert main(["upload", str(folder), "me/saes"]) == 1
+    line = capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
+    assert said in line and "fetch" not in line and "Request ID" not in line
+
+
+def test_a_crosscoder_is_not_sent_as_an_sae(hub, folder, token, capsys):
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["crosscoder"] = {"layers.0:out": [2, 1.0], "layers.1:out": [2, 1.0]}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert main(["upload", str(folder), "me/saes", "--dry-run"]) == 1
+    assert "this is a crosscoder of layers.0:out, layers.1:out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["./my-model", "/models/mine", "models/mine", "pystd", "~/mine"])
+def test_a_card_names_no_model_that_the_hub_does_not_have(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    sae = SAE(4, 8, TopK(2), cfg=SAEConfig(d_in=4, d_sae=8, model_name=model))
+    assert "base_model" not in card(sae, HubPlace("me/saes"))
+
+
 def test_the_card_says_what_is_recorded_and_no_more(folder):
     text = card(saekit.load(folder), HubPlace("me/saes"), licence="MIT")
     front = yaml.safe_load(text.split("---")[1])

@@ -10,6 +10,7 @@ and `config.json` with what delphi's CacheConfig records. Masked tokens have no 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from saekit.errors import DataError, FileError
 from saekit.sae import SAE
 
 _LARGEST_HALF = 65504.0
+_PART = re.compile(r"[0-9]+_[0-9]+\.safetensors")
 
 
 def write_delphi_cache(
@@ -51,7 +53,7 @@ def write_delphi_cache(
     # delphi knows outputs of modules, by the modules' names
     place = folder / str(site).removesuffix(":out").replace(":", "_")
     check_place(place)
-    if place.exists() and not (place / "config.json").is_file():
+    if place.exists() and not _is_cache(place):
         raise FileError(f"{place} is there and is no cache of delphi's; give another folder")
     entries = _entries(sae, harvest, on_progress)
     row, position, feature, value = (np.concatenate(part) for part in zip(*entries, strict=True))
@@ -78,6 +80,16 @@ def write_delphi_cache(
             save_file(contents, beside / f"{first}_{end - 1}.safetensors")
         (beside / "config.json").write_text(json.dumps(_config(harvest, text, n_splits), indent=2) + "\n")
     return len(value)
+
+
+def _is_cache(place: Path) -> bool:
+    """Whether a folder holds a cache and nothing else, so that no SAE is ever replaced by its own codes."""
+    try:
+        config = json.loads((place / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    others = (path.name for path in place.iterdir() if path.name != "config.json")
+    return isinstance(config, dict) and "cache_ctx_len" in config and all(_PART.fullmatch(name) for name in others)
 
 
 def _entries(

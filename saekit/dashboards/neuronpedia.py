@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.dashboards.page_data import ExampleGroup, FeaturePage, PageData, ShownExample
-from saekit.errors import FileError
+from saekit.dashboards.static_page import write_text
 
 _NOT_MEASURED = (
     "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
@@ -44,15 +44,7 @@ def write_batch(folder: Path, contents: Mapping[str, Any], *, number: int = 0) -
     Raises:
         FileError: if it cannot be written.
     """
-    path = folder / f"batch-{number}.json"
-    beside = path.with_suffix(".unfinished")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(contents, ensure_ascii=False), encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror}; choose a place you may write to") from error
-    return path
+    return write_text(folder / f"batch-{number}.json", json.dumps(contents, ensure_ascii=False))
 
 
 def _feature(feature: FeaturePage, token_text: Mapping[int, str]) -> dict[str, Any]:

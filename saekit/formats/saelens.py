@@ -51,8 +51,10 @@ def read(files: Files) -> Weights:
     """The SAE of a SAELens folder.
 
     Raises:
-        FileError: an architecture or a normalisation that saekit has no equal of.
+        FileError: an architecture or a normalisation that saekit has no equal of, or no `cfg.json`, which says them.
     """
+    if not files.config:
+        raise FileError(f"{files.weights} has no cfg.json beside it, which says its rule; copy the folder whole")
     config, tensors = _modern(files.config), files.tensors
     architecture = config.text("architecture", "standard")
     if architecture not in _ARCHITECTURES:

@@ -21,8 +21,8 @@ def uses_triton(device: torch.device | str) -> bool:
 
 def has_fast_bf16() -> bool:
     """Whether this CPU has instructions for products in bfloat16."""
-    # private in torch, but present since 1.12 and the one question that covers x86 and ARM
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # private in torch, but present since 1.12, where torch has oneDNN, and the one question that covers x86 and ARM
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_backend(device: torch.device | str) -> Backend:

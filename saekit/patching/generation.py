@@ -1,6 +1,7 @@
 """Text that a model goes on with, as it is and with interventions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ from saekit.activations.tokens import bos_of
 from saekit.errors import SaekitError
 from saekit.patching.intervening import intervening
 from saekit.patching.intervention import Intervention
-from saekit.patching.splice import SAEs
+from saekit.patching.splice import SAEs, place_saes
 from saekit.patching.tokens import TokenMask
+from saekit.selection import check_serves_prompts
 from saekit.targets import Target
 from saekit.targets.taps import evaluating
 
-# over what a model's generation_config may ask for
-_NO_PENALTIES = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# what of a model's generation_config holds under any way to choose tokens
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +98,11 @@ def steer(
     """Let a model go on from a prompt without and with interventions, which act on prompt and new tokens alike.
 
     Raises:
-        SaekitError: a model that cannot generate or read that many tokens, and as for `intervening`.
+        SaekitError: a model that cannot generate or read that many tokens, an SAE whose rule looks across tokens, and
+            as for `intervening`.
     """
+    for sae in place_saes(saes).values():
+        check_serves_prompts(sae.rule)
     plain = generate(target, prompt, sampling)
     with intervening(target, interventions, saes, mask=mask):
         edited = generate(target, prompt, sampling)
@@ -116,14 +121,50 @@ def generate(target: Target, prompt: Int[Tensor, " context"], sampling: Sampling
             f"that {target.name} reads; shorten the prompt or ask for fewer"
         )
     ids = prompt[None].to(target.device)
-    chance: dict[str, Any] = {"do_sample": False, **_NO_PENALTIES}
+    chance: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        chance |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": sampling.temperature}
+        chance = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": sampling.temperature}
     model: Any = target.model
     pad = getattr(target.tokenizer, "pad_token_id", None)
-    with torch.random.fork_rng(devices=[]), evaluating(target.model):
-        torch.manual_seed(sampling.seed)
+    with evaluating(target.model), _without_settings(model), _drawing_from(sampling.seed, target.device):
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=sampling.new_tokens, pad_token_id=pad, **chance
         )
     return out[0, len(prompt) :].cpu()
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """None of the model's own wishes how to choose: transformers takes them wherever a call leaves something open."""
+    holder = getattr(model, "original_model", model)  # TransformerLens' bridge holds the model of transformers
+    own = getattr(holder, "generation_config", None)
+    if own is None:
+        yield
+        return
+    holder.generation_config = type(own)(**{name: getattr(own, name, None) for name in _TOKENS})
+    try:
+        yield
+    finally:
+        holder.generation_config = own
+
+
+@contextmanager
+def _drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws of one device from a seed; then its generator goes on from where it was, and others never noticed."""
+    generator = _default_generator(device)
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    match device.type:
+        case "cpu":
+            return torch.default_generator
+        case "mps":
+            return torch.mps._get_default_mps_generator()
+        case kind:
+            return getattr(torch, kind).default_generators[device.index or 0]

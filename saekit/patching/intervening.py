@@ -177,7 +177,7 @@ class _Run:
             return None
         row, column = (place.to(encoded.rows.device)[pairs.token] for place in grid.kept())
         norm = (encoded.rows.norm(dim=1) / unit_written(encoded.sae, encoded.rows))[pairs.token]
-        read = self.reader(number, encoded.rows.shape[1], encoded.sae, pairs.features)
+        read = self.reader(number, encoded.rows, encoded.sae, pairs.features)
         chosen = Chosen(row, column + grid.past, norm, grid.draw, read)
         change = (intervention.operation(pairs.old, chosen) - pairs.old).reshape(-1)
         token, feature = pairs.address()
@@ -189,9 +189,13 @@ class _Run:
         self.account.deeds[number].changed += len(changed)
         return token, feature, change
 
-    def reader(self, number: int, width: int, sae: SAE | None, features: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """Coordinates of activations from elsewhere; a pool that the operation keeps is read once."""
-        intervention = self.interventions[number]
+    def reader(self, number: int, rows: Tensor, sae: SAE | None, features: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Coordinates of activations from elsewhere; a pool that the operation keeps is read once.
+
+        Args:
+            rows: what is edited, which says how wide activations are and on which device.
+        """
+        intervention, width = self.interventions[number], rows.shape[1]
 
         def read(vectors: Tensor) -> Tensor:
             if vectors.shape[-1] != width:
@@ -202,6 +206,7 @@ class _Run:
             is_pool = vectors is getattr(intervention.operation, "vectors", None)
             if is_pool and number in self.pools:
                 return self.pools[number]
+            vectors = vectors.to(rows.device)
             if sae is not None and features is not None:
                 found = columns_of(sae.encode(vectors.to(sae.b_dec)), features)
             elif intervention.direction is not None:
@@ -260,7 +265,7 @@ class _Run:
         self.claims_at(grid, intervention.site).claim_vectors(intervention, wanted)
         row, column = wanted.nonzero(as_tuple=True)
         exact = rows.float()
-        chosen = Chosen(row, column + grid.past, norm, grid.draw, self.reader(number, rows.shape[1], None, None))
+        chosen = Chosen(row, column + grid.past, norm, grid.draw, self.reader(number, rows, None, None))
         if direction is None:
             changed = intervention.operation(exact, chosen)
         else:

@@ -53,6 +53,7 @@ _HOOKS = {
     "hook_out": "resid_post",
     "hook_attn_out": "attn_out",
     "attn.hook_out": "attn_out",
+    "mlp.hook_in": "mlp_in",
     "hook_mlp_out": "mlp_out",
     "mlp.hook_out": "mlp_out",
     "mlp.hook_post": "mlp_post",
@@ -161,6 +162,8 @@ def _tensor_of_block(block: nn.Module, tensor: str, name: str) -> tuple[str | No
     elif tensor == "mlp_out":
         normed = _child(block, ("post_feedforward_layernorm", "post_mlp_layernorm"))
         child, side = normed or _apart_from_stream(children, mlp), Side.OUTPUT
+    elif tensor == "mlp_in":
+        child, side = mlp, Side.INPUT
     elif tensor in ("mlp_post", "attn_z"):
         parent, last = (mlp, DOWN_PROJECTION) if tensor == "mlp_post" else (attention, OUT_PROJECTION)
         last = _child(children[parent], last) if parent else None
