@@ -93,6 +93,8 @@ def _as_type(value: Any, hint: Any) -> Any:
     if hint is NoneType:
         return None if value is None else REFUSED
     if get_origin(hint) is Literal:
+        if isinstance(value, bool):  # what YAML takes an unquoted yes or no for
+            value = "yes" if value else "no"
         return value if value in arguments else REFUSED
     if get_origin(hint) in (Union, UnionType):
         fits = (_as_type(value, option) for option in arguments)

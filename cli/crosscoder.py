@@ -31,15 +31,15 @@ ABOUT_CODES = ("l0", "dead_fraction", "underused_fraction")
 
 def run_joint(command: "Train", target: "Target", run_file: "RunFile | None") -> int:
     """`saekit train` with --crosscoder."""
-    from saekit.crosscoder import Crosscoder
     from saekit.errors import SaekitError
     from saekit.training.crosscoder import Joined
 
     from .estimate import estimate
+    from .opened import load_crosscoder
 
     if len(command.start) > 1:
         raise SaekitError(f"{len(command.start)} folders to start from, and a crosscoder is one; give its folder alone")
-    start = Crosscoder.load(command.start[0], device=command.device) if command.start else None
+    start = load_crosscoder(command.start[0], command.device) if command.start else None
     config, sites = joint_config(command, target, start)
     corpus = read_corpus(command, target)
     source = harvest_of(command, target, corpus, sites)

@@ -78,8 +78,6 @@ def list_devices() -> list[dict[str, Any]]:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             memory = device.total_memory / GB
             found.append({"device": f"cuda:{i}", "name": device.name, "memory_gb": memory, "bf16": bf16})
-    if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU", "bf16": True})
     for entry in found:
         backend = choose_backend(entry["device"])
         entry["kernels"] = {"name": backend.name, "reason": backend.reason}

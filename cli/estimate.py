@@ -31,6 +31,7 @@ def estimate(
 
     import torch
 
+    from saekit.errors import DataError
     from saekit.training.saved_run import run_bytes
 
     first = configs[0]
@@ -40,7 +41,9 @@ def estimate(
     )
     row_bytes = sum(4 * width + 41 for width in source.widths.values())
     began = time.perf_counter()
-    one_pass = next(iter(source.in_order()))
+    one_pass = next((read for read in source.in_order() if len(read[source.sites[0]])), None)
+    if one_pass is None:
+        raise DataError("every token of the text is masked; give other text")
     if whole is not None:
         one_pass = whole.join(one_pass)
     harvest_s = (time.perf_counter() - began) / len(one_pass[first.site]) * first.tokens

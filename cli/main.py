@@ -163,8 +163,8 @@ def check_device(name: str) -> None:
     from saekit.targets.load import first_line
 
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # builds without CUDA assert that there is none
+        torch.zeros(1, dtype=torch.float64, device=name)  # in which statistics are kept, and MPS has none
+    except (RuntimeError, AssertionError, TypeError) as error:  # builds without CUDA assert that there is none
         raise SaekitError(
             f"--device {name} cannot be used ({first_line(error)}); `saekit doctor` lists the devices of this machine"
         ) from error

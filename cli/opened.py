@@ -13,6 +13,7 @@ from saekit.activations.tokens import TokenRows
 from saekit.crosscoder import Crosscoder, joined_sites
 from saekit.errors import SaekitError
 from saekit.loading import describe, load
+from saekit.pretrained import locate
 from saekit.sae import SAE
 from saekit.selection import check_serves_prompts
 from saekit.targets import Site, Target
@@ -88,7 +89,7 @@ def open_crosscoder(
 ) -> OpenedCrosscoder:
     """Load a crosscoder, its model and its text; arguments and errors as for `open_sae`."""
     _check_rows(rows)
-    crosscoder = Crosscoder.load(folder, device=device)
+    crosscoder = load_crosscoder(folder, device)
     settled = _settled(crosscoder.sae, model=model, text=text)
     _check_settled(folder, settled)
     target, mask, corpus, is_own_text = _open_text(crosscoder.sae, settled, rows=rows, device=device)
@@ -102,9 +103,21 @@ def check_own_sites(folder: Path, site: str | None) -> None:
         raise SaekitError(f"{folder} is a crosscoder, which reads the Sites of its training; leave --site out")
 
 
-def is_crosscoder(folder: Path) -> bool:
-    """Whether it is a folder of ours that says so; what is wrong with any other is for its loader to say."""
-    return (folder / "cfg.json").is_file() and bool(joined_sites(describe(folder).weights.metadata))
+def is_crosscoder(name: Path) -> bool:
+    """Whether its config says so, wherever it is; a file or folder without one is for its loader to look at."""
+    local = locate(name).local
+    if local is not None and not ((local if local.is_dir() else local.parent) / "cfg.json").is_file():
+        return False
+    return bool(joined_sites(describe(name).weights.metadata))
+
+
+def load_crosscoder(name: Path | str, device: str = "cpu") -> Crosscoder:
+    """A crosscoder, wherever it is.
+
+    Raises:
+        FileError: as `saekit.load`, or an SAE of one Site.
+    """
+    return Crosscoder.of(load(name, device=device), name=name)
 
 
 def _check_rows(rows: int | None) -> None:
@@ -156,7 +169,10 @@ def _open_text(
         if settled["model"] == sae.cfg.model_name:
             _check_unchanged(settled["text"], corpus, recorded)
     else:
-        read, documents = load_rows(settled["text"], target.tokenizer, **reading)
+        # as many as tell whether it opens with the text of training
+        least = recorded.get("train_rows", 0) + recorded.get("held_out_rows", 0)
+        most = None if rows is None else max(rows, least)
+        read, documents = load_rows(settled["text"], target.tokenizer, most_rows=most, **reading)
         corpus = _divided(read, documents, recorded)
         is_own_text = corpus.train is not corpus.held_out
     corpus = replace(corpus, held_out=corpus.held_out.select(slice(rows)))

@@ -12,8 +12,9 @@ from .output import Progress, columns, read_and_written, write_facts
 if TYPE_CHECKING:
     from saekit.analysis.stability import Stability as Measured
     from saekit.sae import SAE
+    from saekit.targets import Site
 
-    from .opened import OpenedSAE
+    from .opened import OpenedCrosscoder, OpenedSAE
 
 # how each number is shown to people
 SHOWN = {
@@ -56,6 +57,7 @@ class Stability:
 
     def run(self) -> int:
         from saekit.analysis.stability import measure_stability
+        from saekit.crosscoder import joined_sites
         from saekit.errors import SaekitError
         from saekit.loading import load
 
@@ -67,11 +69,15 @@ class Stability:
         check_one_site(self.saes, saes)
         densities = None
         if self.rows > 0:
-            from .opened import open_sae
+            from .opened import open_crosscoder, open_sae
 
-            first = self.saes[0]
-            opened = open_sae(first, model=self.model, text=self.text, site=None, rows=self.rows, device=self.device)
-            densities = densities_of(saes, opened)
+            what = {"model": self.model, "text": self.text, "rows": self.rows, "device": self.device}
+            if joined_sites(saes[0].cfg.metadata):
+                joint = open_crosscoder(self.saes[0], **what)
+                densities = densities_of(saes, joint, joint.crosscoder.widths)
+            else:
+                opened = open_sae(self.saes[0], site=None, **what)
+                densities = densities_of(saes, opened, {opened.site: opened.sae.d_model})
         facts = as_facts(self.saes, measure_stability(saes, densities=densities))
         write_facts(facts, as_json=self.json, text=lambda: as_text(facts))
         return 0
@@ -102,19 +108,26 @@ def check_one_site(folders: Sequence[Path], saes: Sequence["SAE"]) -> None:
             raise SaekitError(f"{folder} reads {theirs}, {folders[0]} {wanted}; compare SAEs of one Site")
 
 
-def densities_of(saes: Sequence["SAE"], opened: "OpenedSAE") -> list[Any]:
-    """How often each feature of each SAE fires on the rows, the model read once."""
+def densities_of(
+    saes: Sequence["SAE"], opened: "OpenedSAE | OpenedCrosscoder", widths: Mapping["Site", int]
+) -> list[Any]:
+    """How often each feature of each SAE fires on the rows, the model read once.
+
+    Args:
+        widths: of the Sites whose vectors, end to end, the SAEs read.
+    """
     import torch
 
     from saekit.activations.harvest import Harvest
+    from saekit.crosscoder import join
 
     rows = opened.corpus.held_out
-    harvest = Harvest(target=opened.target, rows=rows, sites=(opened.site,), mask=opened.mask)
+    harvest = Harvest(target=opened.target, rows=rows, sites=tuple(widths), mask=opened.mask)
     counts = [torch.zeros(sae.n_features, dtype=torch.float64) for sae in saes]
     n_tokens = 0
     with Progress("reading features", len(rows), unit="rows") as progress, torch.no_grad():
         for batches in harvest.in_order():
-            vectors = batches[opened.site].vectors
+            vectors = join({site: batches[site].vectors for site in widths}, widths)
             n_tokens += len(vectors)
             for count, sae in zip(counts, saes, strict=True):
                 count += sae.encode(vectors.to(sae.b_dec.device)).feature_counts().cpu()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saekit.activations.corpus import Corpus
     from saekit.activations.harvest import Harvest
+    from saekit.activations.tokens import TokenRows
     from saekit.targets import Site, Target
     from saekit.training.config import TrainConfig
 
@@ -45,7 +46,21 @@ def read_corpus(command: "Train", target: "Target") -> "Corpus":
             f"context={command.context:,}, but {command.text} has rows of {corpus.train.context:,}; "
             "leave --context out, or give the ids as one flat array"
         )
+    if command.row_bos == "no" and opens_with_bos(command, corpus.train):
+        raise SaekitError(
+            f"--row-bos no, but the rows of {command.text} open with BOS; leave it out, or give the ids as one flat "
+            "array"
+        )
     return corpus
+
+
+def opens_with_bos(command: "Train", rows: "TokenRows") -> bool:
+    """Whether rows do, so that prompts should: as the command says, but where somebody else has cut them."""
+    from saekit.activations.token_file import SUFFIX
+
+    if not command.text.endswith(SUFFIX):
+        return command.row_bos == "yes"
+    return rows.bos is not None and bool((rows.ids[:, 0] == rows.bos).all())
 
 
 def sites_of(configs: Sequence["TrainConfig"]) -> list["Site"]:
@@ -73,7 +88,7 @@ def recorded(command: "Train", corpus: "Corpus", source: "Harvest") -> dict[str,
         "text": command.text,
         "train_rows": len(corpus.train),
         "text_checksum": checksum(corpus.train.ids),
-        "row_bos": command.row_bos == "yes",
+        "row_bos": opens_with_bos(command, corpus.train),
         "held_out_rows": command.held_out_rows,
         **({} if command.max_documents is None else {"max_documents": command.max_documents}),
         **({"started_from": list(command.start)} if command.start else {}),

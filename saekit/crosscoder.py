@@ -94,15 +94,32 @@ class Crosscoder:
         Raises:
             FileError: there is none, it is damaged, or it holds an SAE of one Site.
         """
-        sae = SAE.load(folder, device=device)
+        return cls.of(SAE.load(folder, device=device), name=folder)
+
+    @classmethod
+    def of(cls, sae: SAE, *, name: Path | str = "this") -> "Crosscoder":
+        """The crosscoder whose whole is `sae`, as `saekit.load` gives it from the Hub.
+
+        Args:
+            name: of the SAE, for the error.
+
+        Raises:
+            FileError: it is an SAE of one Site.
+        """
         if not joined_sites(sae.cfg.metadata):
-            raise FileError(f"{folder} holds an SAE of one Site, not a crosscoder; load it with SAE.load")
+            raise FileError(f"{name} holds an SAE of one Site, not a crosscoder; load it with SAE.load")
         by_site = {Site.parse(site): facts for site, facts in sae.cfg.metadata[_KEY].items()}
         return cls(
             sae,
             widths={site: int(width) for site, (width, _) in by_site.items()},
             scales={site: float(scale) for site, (_, scale) in by_site.items()},
         )
+
+    def directions(self) -> tuple[Float[Tensor, "n_features d_model"], Float[Tensor, "n_features d_model"]]:
+        """What each feature writes and reads over all Sites, in units of what is usual at each."""
+        scale = torch.cat([torch.full((width,), self.scales.get(site, 1.0)) for site, width in self.widths.items()])
+        scale = scale.to(self.sae.W_dec)
+        return self.sae.W_dec * scale, self.sae.encoder.detach() / scale
 
     def _by_site(self, joined: Float[Tensor, "rows d_model"]) -> dict[Site, Tensor]:
         return dict(zip(self.widths, joined.split(list(self.widths.values()), dim=1), strict=True))

@@ -56,16 +56,11 @@ def upload(
         dry_run: sends nothing and asks nothing.
 
     Raises:
-        SaekitError: a place that cannot be written to, or a crosscoder, which nobody could load from there.
+        SaekitError: a place that cannot be written to.
         FileError: no token, no right to write there, or the Hub cannot be reached.
     """
     if place.revision is not None:
         raise SaekitError(f"{place} names a revision; uploads go to the main branch: give {place.repo} alone")
-    if sites := joined_sites(sae.cfg.metadata):
-        raise SaekitError(
-            f"this is a crosscoder of {', '.join(sites)}, and what `saekit.load` reads from the Hub has one Site; send "
-            "its folder with `hf upload`"
-        )
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside) / "sae"
         sae.save(folder)
@@ -109,10 +104,12 @@ def card(sae: SAE, place: HubPlace, *, licence: str | None = None) -> str:
         **({"license": licence.lower()} if licence else {}),
         **({"base_model": cfg.model_name} if _is_of_the_hub(cfg.model_name) else {}),
     }
-    kind = "Transcoder" if sae.is_transcoder else "Sparse autoencoder"
+    sites = joined_sites(cfg.metadata) or ((cfg.hook_name,) if cfg.hook_name else ())
+    is_joint = len(sites) > 1
+    kind = "Crosscoder" if is_joint else "Transcoder" if sae.is_transcoder else "Sparse autoencoder"
     facts = {
         "model": cfg.model_name or "not recorded",
-        "Site": f"`{cfg.hook_name}`" if cfg.hook_name else "not recorded",
+        "Sites" if is_joint else "Site": ", ".join(f"`{site}`" for site in sites) or "not recorded",
         **({"writes": f"`{cfg.hook_name_out}`"} if cfg.hook_name_out else {}),
         "shape": f"{sae.d_model:,} → {sae.n_features:,} features → {sae.d_out:,}",
         "rule": "JumpReLU (a threshold for each feature)" if isinstance(sae.rule, Threshold) else f"`{sae.rule!r}`",
@@ -122,13 +119,20 @@ def card(sae: SAE, place: HubPlace, *, licence: str | None = None) -> str:
     name = cfg.model_name or place.repo
     sections = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
-        f"# {kind} on {name}{f', {cfg.hook_name}' if cfg.hook_name else ''}",
+        f"# {kind} on {', '.join((name, *sites))}",
         _table(("", ""), facts.items()),
-        f"## How to load it\n\n```python\nimport saekit\n\nsae = saekit.load({str(place)!r})\n```",
+        f"## How to load it\n\n```python\n{_loading(place, is_joint=is_joint)}\n```",
         *_metrics_section(cfg.metadata),
         *_recipe_section(cfg.metadata),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _loading(place: HubPlace, *, is_joint: bool) -> str:
+    loaded = f"saekit.load({str(place)!r})"
+    if is_joint:
+        return f"import saekit\nfrom saekit.crosscoder import Crosscoder\n\ncrosscoder = Crosscoder.of({loaded})"
+    return f"import saekit\n\nsae = {loaded}"
 
 
 def _is_of_the_hub(model: str) -> bool:
@@ -145,6 +149,10 @@ def _metrics_section(metadata: Mapping[str, Any]) -> list[str]:
         (f"`{name}`", f"{measured[name]:.4g} ({meaning})") for name, meaning in _METRICS.items() if name in measured
     ]
     over = f" over {measured['tokens']:,} activations" if "tokens" in measured else ""
+    for site, numbers in measured.get("by_site", {}).items():
+        known += [
+            (f"`{name}` at `{site}`", f"{numbers[name]:.4g}") for name in _METRICS if numbers.get(name) is not None
+        ]
     return [f"## Metrics\n\nOn held-out text{over}.\n\n" + _table(("metric", "value"), known)]
 
 

@@ -174,9 +174,48 @@ def test_a_file_of_token_ids_does_for_a_text(place, tmp_path, capsys, shape):
     assert main(["export", str(tmp_path / "sae"), "--out", str(page), "--features", "5", "--tokens", "2000"]) == 0
     data = json.loads(page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0])
     assert any(word in json.dumps(data) for word in WORDS)  # ids come back as what they read
+    recorded = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert recorded["prepend_bos"] is (shape == (-1,))  # what somebody else cut opens with whatever it opens with
     if shape != (-1,):
         assert main([*arguments, "--context", "16"]) == 1
         assert "ids.npy has rows of 32; leave --context out, or give the ids as one" in capsys.readouterr().err
+
+
+def test_a_rectangle_that_opens_with_bos_is_not_read_without(place, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    ids = np.random.default_rng(0).integers(5, 200, (80, 32))
+    ids[:, 0] = tokenizer.bos_token_id
+    np.save(tmp_path / "ids.npy", ids)
+    arguments = train_arguments(place, tmp_path / "sae")
+    arguments[2] = str(tmp_path / "ids.npy")
+    assert main([*arguments, "--row-bos", "no"]) == 1
+    assert "ids.npy open with BOS; leave it out, or give the ids as one flat array" in capsys.readouterr().err
+    ids[:40] = tokenizer.bos_token_id  # which is masked: nothing to time for many rows
+    np.save(tmp_path / "ids.npy", ids)
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    assert facts_of(capsys)["harvest_minutes"] >= 0
+
+
+def test_no_more_is_read_of_another_text_than_is_asked_for(place, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    assert main(train_arguments(place, tmp_path / "sae")) == 0
+    config = tmp_path / "sae" / "cfg.json"
+    settings = json.loads(config.read_text())
+    trained_on = settings["metadata"]["train_rows"] + settings["metadata"]["held_out_rows"]
+    seen = []
+
+    def endless():
+        while True:
+            seen.append(1)
+            yield {"text": " ".join(WORDS)}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: endless())
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "sae"), "--text", "owner/endless", "--rows", "3", "--json"]) == 0
+    # the text of training is not told from another by less than itself
+    assert 80 < facts_of(capsys)["tokens"] <= 3 * 31 and 0 < len(seen) <= trained_on * 32 / len(WORDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -283,11 +322,12 @@ def test_a_dry_run_counts_the_file_of_the_unfinished_run(place, tmp_path, capsys
 
 
 def test_flags_win_over_the_config_file(place, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text("k: 3\nseed: 5\n")
+    (tmp_path / "run.yaml").write_text("k: 3\nseed: 5\nrow_bos: no\n")
     arguments = train_arguments(place, tmp_path / "sae", "--config", str(tmp_path / "run.yaml"))
     assert main(arguments) == 0
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     assert (config["k"], config["metadata"]["training"]["seed"]) == (4, 5)
+    assert config["metadata"]["prepend_bos"] is False  # YAML reads an unquoted no as false
 
 
 @pytest.mark.parametrize("rule", ["relu", "gated", "jumprelu"])

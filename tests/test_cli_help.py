@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import tyro
 
 from saekit.errors import DataError
@@ -104,6 +105,21 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_fits(bake, arguments, e
 
 def test_a_refusal_is_one_line_on_stderr_and_exit_code_1(bake):
     assert bake("stone") == (1, "", "Error: no fruit called stone; use an apple\n")
+
+
+def test_a_device_without_float64_is_refused(bake, monkeypatch):
+    zeros = torch.zeros
+
+    def on_mps(*size, device, dtype=torch.float32):
+        if dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return zeros(*size, device="cpu", dtype=dtype)
+
+    monkeypatch.setattr(torch, "zeros", on_mps)
+    code, out, err = bake("crash", "--device", "mps")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "doesn't support float64" in err
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])

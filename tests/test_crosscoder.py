@@ -1,6 +1,7 @@
 """Crosscoders: the equations per Site, what training finds at each, the folder, refusals."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,6 +218,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
     assert torch.equal(resumed.sae.encoder, whole.sae.encoder) and torch.equal(resumed.sae.decoder, whole.sae.decoder)
     with pytest.raises(SaekitError, match="Shared cannot say what and where it reads, so its run cannot be resumed"):
         train_crosscoder(config, Shared(), [EARLY, LATE], run_file=RunFile(path=tmp_path / "other"))
+
+
+def test_a_run_goes_on_where_activations_differ_in_the_last_bits(tmp_path, small_samples):
+    """As on another device: scales that were measured once are not measured again."""
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
+    path = tmp_path / "run.safetensors"
+
+    def stop(step: int, reports: object) -> None:
+        if step == 3:
+            raise InterruptedError
+
+    class Elsewhere(Cached):
+        def __init__(self) -> None:
+            super().__init__()
+            self.known = self.joined.facts()
+            self.joined = replace(self.joined, vectors=self.joined.vectors * (1 + 1e-5))
+
+        def facts(self) -> dict[str, str | int | float | bool | None]:
+            return self.known
+
+    started = train_crosscoder(config, Cached(), [EARLY, LATE])
+    saved = RunFile(path=path, every=1)
+    with pytest.raises(InterruptedError):
+        train_crosscoder(config, Cached(), [EARLY, LATE], start=started, on_step=stop, run_file=saved)
+    saved = RunFile(path=path, resume=True)
+    resumed = train_crosscoder(config, Elsewhere(), [EARLY, LATE], start=started, run_file=saved)
+    whole = train_crosscoder(config, Cached(), [EARLY, LATE], start=started)
+    assert resumed.scales == whole.scales
+    torch.testing.assert_close(resumed.sae.encoder, whole.sae.encoder, rtol=1e-2, atol=1e-3)
+    elsewhere = Site.parse("layers.7")
+    with pytest.raises(FileError, match=r"was saved by a run without layers\.7:out; resume with the Sites"):
+        training._saved_scales(path, [EARLY, elsewhere])
 
 
 def test_a_stream_that_was_looked_into_is_let_go_by_a_run_that_goes_on_elsewhere():

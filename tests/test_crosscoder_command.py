@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
+from hub_server import TOKEN
 from word_model import place as place
 from word_model import train_arguments
 
+import saekit
 from saekit.crosscoder import Crosscoder
 from saekit.sae import SAE
 from saekit.selection import Threshold
@@ -143,7 +145,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(place, tmp_path, c
         ([*JOINT, "--site-out", "layers.1", "layers.1"], "--site-out is about transcoders, which write another Site"),
         ([*JOINT, "--equal-norms"], "a crosscoder scales each Site as a whole; leave --equal-norms"),
         ([*JOINT, "--start", "a", "b"], "2 folders to start from, and a crosscoder is one"),
-        ([*JOINT, "--start", "nowhere"], "no SAE in nowhere"),
+        ([*JOINT, "--start", "nowhere"], "no file or folder nowhere"),
     ],
 )
 def test_what_makes_no_crosscoder_is_refused_in_one_line(place, tmp_path, capsys, change, message):
@@ -178,6 +180,35 @@ def test_commands_for_one_site_say_that_it_has_several(trained, tmp_path, monkey
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{trained} is a crosscoder of layers.0:out, layers.1:out, and this needs an SAE of one Site" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of the Hub's client, about its own call
+def test_from_the_hub_it_is_the_same(trained, hub, tmp_path, monkeypatch, capsys):
+    """Sent by `saekit upload`, whose card says what it is; evaluated, shown and gone on with by its name there."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(["upload", str(trained), "me/cross"]) == 0
+    card = hub.repositories["me/cross"].files["README.md"].decode()
+    assert "# Crosscoder on " in card and "| Sites | `layers.0:out`, `layers.1:out` |" in card
+    assert "Crosscoder.of(saekit.load('me/cross'))" in card and "| `fvu` at `layers.1:out` | 0." in card
+    assert Crosscoder.of(saekit.load("me/cross")).widths == Crosscoder.load(trained).widths
+    capsys.readouterr()
+    numbers = []
+    for name in (str(trained), "me/cross"):
+        assert main(["eval", name, "--json", "--rows", "3"]) == 0
+        numbers.append(facts_of(capsys)["by_site"])
+    assert numbers[0] == numbers[1]
+    out = tmp_path / "page.html"
+    assert main(["export", "me/cross", "--tokens", "2000", "--features", "5", "--out", str(out), "--json"]) == 0
+    assert facts_of(capsys)["features_shown"] == 5
+
+
+def test_two_of_them_are_compared_with_and_without_a_text(place, trained, tmp_path, capsys):
+    assert main(train_arguments(place, tmp_path / "other", *JOINT, "--rule", "mutual", "--seed", "1")) == 0
+    capsys.readouterr()
+    for rows in ("0", "4"):
+        assert main(["stability", str(trained), str(tmp_path / "other"), "--rows", rows, "--json"]) == 0
+        facts = facts_of(capsys)
+        assert 0 < facts["matched_cosine"] <= 1 and bool(facts["bands"]) == (rows == "4")
 
 
 def test_it_is_not_moved_to_another_site_or_format(trained, tmp_path, capsys):

@@ -188,6 +188,20 @@ def test_a_lossless_sae_costs_the_model_nothing(rows, target, rule):
     assert found.l0 == WIDTH
 
 
+def test_a_model_that_rules_tokens_out_has_a_divergence(rows, target, monkeypatch):
+    before = evaluate(sae_of(), target, rows, SITE)
+    run = target.run
+
+    def ruled_out(ids, **more):
+        logits = run(ids, **more)
+        padded = torch.full((*logits.shape[:-1], 3), -torch.inf)
+        return torch.cat([logits, padded], dim=-1)
+
+    monkeypatch.setattr(type(target), "run", lambda self, ids, **more: ruled_out(ids, **more))
+    after = evaluate(sae_of(), target, rows, SITE)
+    assert after.kl == pytest.approx(before.kl, rel=1e-5) and after.ce_sae == pytest.approx(before.ce_sae, rel=1e-6)
+
+
 def test_an_sae_that_gives_the_mean_recovers_nothing_of_mean_ablation(rows, target, activations):
     sae = SAE(WIDTH, 16, Threshold(1e9))
     no_mask = MaskPolicy(drop_bos=False, drop_padding=False)

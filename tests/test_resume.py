@@ -317,6 +317,16 @@ def test_a_run_that_came_to_nothing_is_not_saved_over_what_was_good(path):
     assert not path.exists()
 
 
+def test_a_save_now_and_then_spares_what_was_good_too(path):
+    """The loss of a step is from before its update, which is what ruins the weights."""
+    configs = [config(learning_rate=3e38)]
+    with pytest.raises(DataError, match=r"stopped after step \d+, and not saved: the weights at .* are no numbers"):
+        train(configs, harvest(), run_file=RunFile(path=path, every=1))
+    assert not path.exists() or all(
+        bool(tensor.isfinite().all()) for name, tensor in load_file(path).items() if "weights." in name
+    )
+
+
 def test_of_a_run_that_was_stopped_every_step_was_told(path, monkeypatch):
     seen = []
 

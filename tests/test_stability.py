@@ -108,6 +108,24 @@ def test_features_that_never_fire_are_left_out_and_the_others_are_told_by_densit
     assert (common.exponent, common.n_features, common.shared_90, common.matched_cosine) == (-1, 4, 1, pytest.approx(1))
 
 
+@pytest.mark.parametrize("loudness", [1.0, 10.0])
+def test_no_site_of_a_crosscoder_counts_for_more_because_its_numbers_are_larger(loudness):
+    """Half of each feature lives at either Site; where they differ at one of these, half of the cosine is left."""
+    half, other = orthogonal(8) / math.sqrt(2), orthogonal(16)[:8, :8]
+    other = other / other.norm(dim=1, keepdim=True) / math.sqrt(2)
+    scales = {"a:out": [8, 1.0], "b:out": [8, 1 / loudness]}  # what training multiplies the Sites by
+
+    def joined(at_a: Tensor, at_b: Tensor) -> SAE:
+        decoder = torch.cat([at_a, at_b * loudness], dim=1)
+        encoder = torch.cat([at_a, at_b / loudness], dim=1)
+        return sae_of(decoder, encoder, site="crosscoder", crosscoder=scales)
+
+    first = joined(half, half)
+    found = [measure_stability([first, joined(*parts)]).pairs[0] for parts in ((other, half), (half, other))]
+    assert found[0].matched_cosine == pytest.approx(found[1].matched_cosine, abs=1e-5)
+    assert found[0].encoder_cosine == pytest.approx(found[1].encoder_cosine, abs=1e-5)
+
+
 def test_what_cannot_be_compared_is_refused():
     sae, density = sae_of(orthogonal()), torch.ones(D_MODEL)
     with pytest.raises(SaekitError, match="got 1, give at least 2"):

@@ -132,6 +132,20 @@ def test_a_data_set_out_of_reach_is_one_line_of_advice():
     one_line(caught)
 
 
+@pytest.mark.parametrize("wrong", [None, 3, ["a", "b"]], ids=str)
+def test_a_row_without_a_text_is_named(monkeypatch, wrong):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "a"}, {"text": wrong}])
+    with pytest.raises(DataError, match=r"row 1 of data set owner/name has .* for a text; save the texts as JSONL"):
+        read_documents("owner/name")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_is_refused(limit):
+    with pytest.raises(DataError, match=rf"max_documents={limit} leaves nothing to read; give at least 1"):
+        read_documents("stdlib", limit=limit)
+
+
 @pytest.mark.parametrize("column", ["text", "body"])
 def test_a_data_set_is_streamed_up_to_the_limit(monkeypatch, column):
     datasets = pytest.importorskip("datasets")
@@ -147,6 +161,9 @@ def test_a_data_set_is_streamed_up_to_the_limit(monkeypatch, column):
         with pytest.raises(DataError, match="owner/name has no 'text' column; save the column you want as JSONL"):
             read_documents("owner/name", limit=2)
     else:
+        assert read_documents("owner/name", is_enough=lambda document: document.text == "b")[-1].text == "b"
+        assert len(seen) == 2
+        seen.clear()
         assert read_documents("owner/name", limit=2) == [Document("owner/name#0", "a"), Document("owner/name#1", "b")]
         assert len(seen) == 2
 

@@ -116,14 +116,6 @@ def test_what_the_hub_refuses_is_told_as_sending(hub, folder, token, part, statu
     assert said in line and "fetch" not in line and "Request ID" not in line
 
 
-def test_a_crosscoder_is_not_sent_as_an_sae(hub, folder, token, capsys):
-    config = json.loads((folder / "cfg.json").read_text())
-    config["metadata"]["crosscoder"] = {"layers.0:out": [2, 1.0], "layers.1:out": [2, 1.0]}
-    (folder / "cfg.json").write_text(json.dumps(config))
-    assert main(["upload", str(folder), "me/saes", "--dry-run"]) == 1
-    assert "this is a crosscoder of layers.0:out, layers.1:out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("model", ["./my-model", "/models/mine", "models/mine", "pystd", "~/mine"])
 def test_a_card_names_no_model_that_the_hub_does_not_have(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
 from saekit.selection import MutualChoice, SelectionRule, Threshold
 from saekit.training.loop import train
-from saekit.training.objectives import JumpReLU
+from saekit.training.objectives import Gated, JumpReLU
 from saekit.training.step import TrainState, measure
 
 pytestmark = pytest.mark.usefixtures("small_samples")
@@ -99,6 +99,19 @@ def test_thresholds_that_are_right_stay_when_they_begin_to_learn(penalty, traine
     assert pull is not None
     assert float(pull.abs().sum()) > 0
     assert abs(float(pull.sum())) < 1e-3 * float(pull.abs().sum())
+
+
+@pytest.mark.parametrize("cuts", ["calibrated", "topk"])
+def test_gates_begin_where_the_cuts_of_the_start_are(cuts, trained, vectors):
+    from saekit.training.calibrate import calibrate
+
+    shared = trained.with_rule(calibrate(trained.with_rule(MutualChoice(3)), vectors))
+    start = trained if cuts == "topk" else shared
+    state = TrainState.start(config(rule=Threshold(0.0), objective=Gated(3)), vectors, start=start)
+    with torch.no_grad():
+        expected, found = shared(vectors), state.finished()(vectors)
+        assert float(state.finished().encode(vectors).l0().double().mean()) == pytest.approx(3, rel=0.01)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_fine_tuned_thresholds_keep_their_sparsity_and_serve_better(trained, vectors):

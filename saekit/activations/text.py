@@ -13,7 +13,7 @@ A file of token ids (./tokens.npy) is not text any more; `saekit.activations.cor
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,34 +40,46 @@ class Document:
     text: str
 
 
-def read_documents(text: str, *, limit: int | None = None) -> list[Document]:
+def read_documents(
+    text: str, *, limit: int | None = None, is_enough: Callable[[Document], bool] = lambda document: False
+) -> list[Document]:
     """The documents that a user named on the command line or in a config.
 
     Args:
         text: "stdlib", a path, or the name of a data set on the Hub.
         limit: stop after this many documents; a data set on the Hub has no end otherwise.
+        is_enough: asked of each, in order; stop after the first where it says so.
 
     Raises:
         FileError: a path that looks local and does not exist, or a file that is not text.
-        DataError: nothing to read there.
+        DataError: nothing to read there, or a limit that leaves nothing.
     """
-    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
-    if text == "stdlib":
-        found: Iterator[Document] = iter(stdlib_documents())
-    elif path.exists():
-        found = _read_path(path)
-    elif text.startswith((".", "/", "~")) or text.endswith((*TEXT_SUFFIXES, ".jsonl")):
-        raise FileError(
-            f"no text at {text}; give a file or folder that exists, 'stdlib', or the name of a data set on the Hub"
-        )
-    else:
-        found = _stream_dataset(text)
-    documents = list(islice(found, limit))
+    if limit is not None and limit < 1:
+        raise DataError(f"max_documents={limit} leaves nothing to read; give at least 1, or leave it out")
+    documents = []
+    for document in islice(_open(text), limit):
+        documents.append(document)
+        if is_enough(document):
+            break
     if not documents:
         raise DataError(
             f"{text} holds no text; expected {', '.join(TEXT_SUFFIXES)} or .jsonl files with something in them"
         )
     return documents
+
+
+def _open(text: str) -> Iterator[Document]:
+    """One after the other, each read when it is asked for."""
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    if text == "stdlib":
+        return iter(stdlib_documents())
+    if path.exists():
+        return _read_path(path)
+    if text.startswith((".", "/", "~")) or text.endswith((*TEXT_SUFFIXES, ".jsonl")):
+        raise FileError(
+            f"no text at {text}; give a file or folder that exists, 'stdlib', or the name of a data set on the Hub"
+        )
+    return _stream_dataset(text)
 
 
 def stdlib_documents(*, tests: bool = False) -> list[Document]:
@@ -160,7 +172,13 @@ def _stream_dataset(name: str) -> Iterator[Document]:
         with quiet_hub():
             stream = load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(stream):
+            if not isinstance(row["text"], str):
+                raise DataError(
+                    f"row {number:,} of data set {name} has {row['text']!r:.60} for a text; save the texts as JSONL"
+                )
             yield Document(f"{name}#{number}", row["text"])
+    except DataError:
+        raise
     except KeyError as error:
         raise DataError(f"data set {name} has no 'text' column; save the column you want as JSONL") from error
     except Exception as error:  # the loader raises whatever its transport raises

@@ -55,6 +55,7 @@ def language_losses(
         wanted = following != rows.pad if rows.pad is not None else torch.ones_like(following, dtype=torch.bool)
         clean = _log_probs(target.run(ids), wanted)
         clean_nats = _nats(clean, following[wanted])
+        _bound(clean)
         changed = spliced(chosen)
         for site, mean in means.items():
             sums[site]["ce_clean"] += clean_nats
@@ -63,6 +64,7 @@ def language_losses(
                 log_probs = _log_probs(run(), wanted)
                 sums[site][name] += _nats(log_probs, following[wanted])
                 if name == "ce_sae":
+                    _bound(log_probs)
                     sums[site]["kl"] += float(kl_div(log_probs, clean, log_target=True, reduction="sum"))
                 del log_probs
             on_progress(len(ids))
@@ -107,6 +109,11 @@ def _log_probs(
     logits: Float[Tensor, "batch context vocabulary"], wanted: Bool[Tensor, " predictions"]
 ) -> Float[Tensor, "n_wanted vocabulary"]:
     return log_softmax(logits[:, :-1].flatten(0, 1)[wanted.to(logits.device)].float(), dim=-1)
+
+
+def _bound(log_probs: Float[Tensor, "n_wanted vocabulary"]) -> None:
+    """In place: where a model rules part of its vocabulary out, a divergence would be zero times infinity."""
+    log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
 
 
 def _nats(log_probs: Float[Tensor, "n_wanted vocabulary"], following: Int[Tensor, " n_wanted"]) -> float:

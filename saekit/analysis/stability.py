@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saekit.activations.batch import ActivationSource
 from saekit.analysis.matching import cosine_of_pairs, match_directions, nearest
-from saekit.crosscoder import joined_sites
+from saekit.crosscoder import Crosscoder, joined_sites
 from saekit.errors import DataError, SaekitError, ShapeError
 from saekit.sae import SAE
 from saekit.training.config import TrainConfig
@@ -147,7 +147,8 @@ def measure_stability(
         DataError: if no feature of an SAE fires.
     """
     live = _live(saes, densities)
-    found = tuple(_match_pair(i, j, saes, live) for i, j in combinations(range(len(saes)), 2))
+    directions = [_directions(sae) for sae in saes]
+    found = tuple(_match_pair(i, j, directions, live) for i, j in combinations(range(len(saes)), 2))
     with_first = torch.stack([pair.cosine[live[0]] for pair in found if pair.first == 0])
     in_all = with_first.amin(0)
     return Stability(
@@ -181,14 +182,23 @@ def _live(
     return live
 
 
-def _match_pair(first: int, second: int, saes: Sequence[SAE], live: Sequence[Tensor]) -> PairStability:
+def _directions(sae: SAE) -> tuple[Tensor, Tensor]:
+    """What each feature writes and reads; no Site of a crosscoder counts for more because its numbers are larger."""
+    both = Crosscoder.of(sae).directions() if joined_sites(sae.cfg.metadata) else (sae.W_dec, sae.encoder)
+    return both[0].cpu(), both[1].cpu()
+
+
+def _match_pair(
+    first: int, second: int, directions: Sequence[tuple[Tensor, Tensor]], live: Sequence[Tensor]
+) -> PairStability:
     left, right = live[first].nonzero()[:, 0], live[second].nonzero()[:, 0]
-    matching = match_directions(saes[first].W_dec.cpu()[left], saes[second].W_dec.cpu()[right])
+    (writes, reads), (other_writes, other_reads) = directions[first], directions[second]
+    matching = match_directions(writes[left], other_writes[right])
     a, b = left[matching.left], right[matching.right]
     decoder = matching.cosine
-    encoder = cosine_of_pairs(saes[first].encoder.cpu()[a], saes[second].encoder.cpu()[b])
-    near, _ = nearest(saes[first].W_dec.cpu()[left], saes[second].W_dec.cpu()[right])
-    n_features = saes[first].n_features
+    encoder = cosine_of_pairs(reads[a], other_reads[b])
+    near, _ = nearest(writes[left], other_writes[right])
+    n_features = len(writes)
     return PairStability(
         first=first,
         second=second,

@@ -1,6 +1,7 @@
 """Which implementation runs on a device, decided in one place so that `saekit doctor` can say it."""
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ class Backend:
 def uses_triton(device: torch.device | str) -> bool:
     """Whether Triton's kernels run on this device."""
     return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def current(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the one that its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def has_fast_bf16() -> bool:

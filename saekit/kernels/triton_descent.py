@@ -15,6 +15,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from saekit.kernels.backend import current
+
 
 @triton.jit
 def _project_kernel(
@@ -74,7 +76,8 @@ def project(weight: Float[Tensor, "n_rows width"], grad: Tensor, *, along: bool)
     """Sum of the squares of the gradient, of which (if `along`) what lies along its row of weights is taken first."""
     squares = torch.empty(len(weight), device=weight.device)
     fixed: dict[str, Any] = {"PROJECT": along}
-    _project_kernel[(len(weight),)](weight, grad, squares, weight.shape[1], **fixed, **_tile(weight))
+    with current(weight):
+        _project_kernel[(len(weight),)](weight, grad, squares, weight.shape[1], **fixed, **_tile(weight))
     return squares.sum()
 
 
@@ -97,7 +100,8 @@ def adam(
     spread = (1 - betas[1] ** step.double()).sqrt().float()
     fixed: dict[str, Any] = {"BETA1": betas[0], "BETA2": betas[1], "EPS": eps, "NORMALISE": normalise}
     tensors = weight, grad, mean, square, factor, rate, spread
-    _adam_kernel[(len(weight),)](*tensors, weight.shape[1], **fixed, **_tile(weight))
+    with current(weight):
+        _adam_kernel[(len(weight),)](*tensors, weight.shape[1], **fixed, **_tile(weight))
 
 
 def _tile(weight: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saekit.kernels.backend import current
 from saekit.kernels.largest import kept_candidates, kth_largest, largest_of_rows
 
 Found = tuple[Int[Tensor, " found"], Int[Tensor, " found"], Float[Tensor, " found"]]
@@ -158,7 +159,8 @@ def _maxima(rows: Tensor, columns: Columns) -> Float[Tensor, "rows tiles"]:
     out = torch.empty(len(rows), tiles, device=rows.device)
     grid = (triton.cdiv(len(rows), _ROWS), tiles)
     sizes = len(rows), len(columns.exact), rows.shape[1]
-    _maxima_kernel[grid](rows, columns.exact, columns.bias, out, *sizes, tiles, **_TILE)
+    with current(rows):
+        _maxima_kernel[grid](rows, columns.exact, columns.bias, out, *sizes, tiles, **_TILE)
     return out
 
 
@@ -170,10 +172,11 @@ def _append(rows: Tensor, columns: Columns, cuts: Tensor, *, room: int) -> tuple
     scores = torch.empty(room, device=rows.device)
     count = torch.zeros(1, dtype=torch.int32, device=rows.device)
     if len(rows) and len(columns.exact):
-        _append_kernel[grid](
-            rows, columns.exact, columns.bias, cuts, places, scores, count, *sizes, room,
-            **_TILE
-        )  # fmt: skip
+        with current(rows):
+            _append_kernel[grid](
+                rows, columns.exact, columns.bias, cuts, places, scores, count, *sizes, room,
+                **_TILE
+            )  # fmt: skip
     found = int(count)
     if found > room:
         return _append(rows, columns, cuts, room=found)

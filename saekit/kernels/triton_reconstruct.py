@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saekit.kernels.backend import current
 from saekit.kernels.entries import weight_gradient
 from saekit.kernels.reference import row_of_entry
 
@@ -91,9 +92,11 @@ class _Reconstruct(torch.autograd.Function):
         squares = torch.empty(n_tokens, device=target.device)
         if n_tokens:
             tile: dict[str, Any] = {"ENTRIES": _ENTRIES, "WIDTH": triton.next_power_of_2(width)}
-            _reconstruct_kernel[(n_tokens,)](
-                values, features, row_starts, w_dec.contiguous(), b_dec, target, error, squares, slopes, width, **tile
-            )
+            with current(target):
+                _reconstruct_kernel[(n_tokens,)](
+                    values, features, row_starts, w_dec.contiguous(), b_dec, target, error, squares, slopes, width,
+                    **tile
+                )  # fmt: skip
         ctx.save_for_backward(values, features, row_starts, w_dec, error, slopes)
         ctx.mark_non_differentiable(error)
         return squares.sum() / max(1, n_tokens), error

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saekit.kernels.backend import current
+
 # entries read at a time, and numbers of each
 _ENTRIES, _WIDTH = 16, 128
 _TILE: dict[str, Any] = {"ENTRIES": _ENTRIES, "WIDTH": _WIDTH}
@@ -81,7 +83,8 @@ def weighted_rows(rows: Tensor, weights: Tensor, starts: Tensor, table: Tensor) 
     out = table.new_empty(bags, width)
     if out.numel():
         grid = (bags, triton.cdiv(width, _WIDTH))
-        _weighted_rows_kernel[grid](rows, weights, starts, table, out, width, **_TILE)
+        with current(table):
+            _weighted_rows_kernel[grid](rows, weights, starts, table, out, width, **_TILE)
     return out
 
 
@@ -91,5 +94,6 @@ def dots(left: Tensor, right: Tensor, right_rows: Tensor, row_starts: Tensor) ->
     out = left.new_empty(len(right_rows))
     if len(right_rows):
         grid = (len(left),)
-        _dots_kernel[grid](left, right, right_rows, row_starts, out, left.shape[1], **_TILE)
+        with current(left):
+            _dots_kernel[grid](left, right, right_rows, row_starts, out, left.shape[1], **_TILE)
     return out

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ import torch
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
 from saekit.crosscoder import Crosscoder, join
-from saekit.errors import SaekitError
+from saekit.errors import FileError, SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site
 from saekit.training.config import TrainConfig
 from saekit.training.loop import SAMPLE_TOKENS, Ahead, resumable, train, vectors_of
+from saekit.training.saved_run import RunFile, saved_source
 from saekit.training.step import check_varied
 
 
@@ -42,7 +44,7 @@ class Joined:
         Raises:
             SaekitError: the source cannot say, and so a run that reads it cannot be resumed.
         """
-        return dict(resumable(self.source).facts()) | {f"scale of {site}": scale for site, scale in self.scales.items()}
+        return dict(resumable(self.source).facts()) | {_scale_of(site): scale for site, scale in self.scales.items()}
 
     def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Iterator[dict[Site, ActivationBatch]]:
         looked_into = self.begun.pop((batch_tokens, seed), None)  # in any case: its buffer is large
@@ -83,6 +85,7 @@ def train_crosscoder(
     sites: Sequence[Site],
     *,
     start: Crosscoder | None = None,
+    run_file: RunFile | None = None,
     **options: Any,
 ) -> Crosscoder:
     """Train one dictionary on several Sites of a source.
@@ -93,7 +96,7 @@ def train_crosscoder(
     Args:
         config: `site` names the whole in reports, and need not be one of `sites`.
         start: a crosscoder of these Sites whose weights training goes on with.
-        options: of `saekit.training.loop.train`.
+        run_file, options: of `saekit.training.loop.train`.
 
     Raises:
         SaekitError: fewer than two Sites, one that the source lacks, a config that does not fit, or a start that is
@@ -116,11 +119,16 @@ def train_crosscoder(
             f"cannot start from {start}; give the whole Crosscoder of {', '.join(map(str, widths))}, in that order, "
             "or leave start away"
         )
-    begun = {(config.batch_tokens, config.seed): Ahead(source.stream(config.batch_tokens, seed=config.seed))}
-    scales = _scales(begun[config.batch_tokens, config.seed].look(max(1, SAMPLE_TOKENS // config.batch_tokens)), sites)
+    if run_file is not None and run_file.resume:
+        # another device would measure them otherwise in the last bits, and the weights are in units of these
+        begun, scales = {}, _saved_scales(run_file.path, sites)
+    else:
+        ahead = Ahead(source.stream(config.batch_tokens, seed=config.seed))
+        begun = {(config.batch_tokens, config.seed): ahead}
+        scales = _scales(ahead.look(max(1, SAMPLE_TOKENS // config.batch_tokens)), sites)
     starts = None if start is None else [_for_scaled(start.sae, widths, scales)]
     joined = Joined(source, config.site, scales, begun=begun)
-    (sae,) = train([config], joined, start=starts, **options)
+    (sae,) = train([config], joined, start=starts, run_file=run_file, **options)
     return Crosscoder(_for_scaled(sae, widths, {site: 1 / scale for site, scale in scales.items()}), widths, scales)
 
 
@@ -130,6 +138,21 @@ def _scales(head: Sequence[Mapping[Site, ActivationBatch]], sites: Sequence[Site
     for site in sites:
         check_varied(vectors[site], site)
     return {site: float(1 / v.var(0, correction=0).mean().sqrt().clamp(min=1e-12)) for site, v in vectors.items()}
+
+
+def _saved_scales(path: Path, sites: Sequence[Site]) -> dict[Site, float]:
+    facts = saved_source(path)
+    missing = [str(site) for site in sites if _scale_of(site) not in facts]
+    if missing:
+        raise FileError(
+            f"{path} was saved by a run without {', '.join(missing)}; resume with the Sites it was started with, or "
+            "choose another folder"
+        )
+    return {site: facts[_scale_of(site)] for site in sites}
+
+
+def _scale_of(site: Site) -> str:
+    return f"scale of {site}"
 
 
 @torch.no_grad()

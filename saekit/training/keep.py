@@ -40,7 +40,6 @@ class Keeper:
         try:
             if isinstance(error, StopRequested):
                 step, steps = self._states[0].step, self._states[0].config.steps
-                self._check_finite(step)
                 self.save()
                 raise RunStopped(
                     error.signal,
@@ -63,8 +62,9 @@ class Keeper:
             return False
         return step == self._states[0].config.steps or self._file.is_due(step, self._saved_at)
 
-    def _check_finite(self, step: int) -> None:
+    def _check_finite(self) -> None:
         """A run that has come to nothing must not replace what was saved before."""
+        step = self._states[0].step
         for state in self._states:
             if not all(bool(weight.isfinite().all()) for weight in state.trained()):
                 raise DataError(
@@ -73,9 +73,14 @@ class Keeper:
                 )
 
     def save(self) -> None:
-        """Write the file, whatever signals come."""
+        """Write the file, whatever signals come.
+
+        Raises:
+            DataError: the weights are no numbers any more.
+        """
         if self._file is None:
             return
+        self._check_finite()
         with self._signals.held_back():
             save_run(self._file.path, self._states, self._place, self._facts)
         self._saved_at = time.monotonic()

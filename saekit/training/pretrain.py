@@ -167,7 +167,12 @@ def pretrain(
     Raises:
         FileError: `resume` without a state, a state without `resume`, or one whose settings differ by more than tokens.
         DataError: less text than one batch.
+        SaekitError: a torch without the optimiser that trains the matrices.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise SaekitError(
+            f"pretraining needs torch.optim.Muon, and torch {torch.__version__} has none; install 2.9 or newer"
+        )
     state_path = check_unfinished(out / STATE_FILE, resume=resume)
     train_documents, test_documents = split_documents(stdlib_documents(tests=True), held_out=config.held_out)
     tokenizer = train_tokenizer(train_documents, config.vocabulary, config.context)

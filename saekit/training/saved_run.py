@@ -111,9 +111,28 @@ def load_run(
         FileError: if the file is damaged or newer, or was saved by a run of other settings; the message names
             the first that differs.
     """
+    tensors, run = _read(path)
+    _check_same(path, run, configs, source)
+    states = []
+    for n, (config, cfg, saved) in enumerate(zip(configs, cfgs, run["saes"], strict=True)):
+        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"], device))
+    return states, Place(**run["place"])
+
+
+def saved_source(path: Path) -> Mapping[str, Any]:
+    """What the source of a saved run said of itself.
+
+    Raises:
+        FileError: if there is no run, or the file is damaged or newer.
+    """
+    return _read(path, contents=False)[1]["source"]
+
+
+def _read(path: Path, *, contents: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a saved run, none without `contents`, and what its metadata says."""
     check_unfinished(path, resume=True)
     try:
-        tensors, metadata = read_state(path)
+        tensors, metadata = read_state(path, contents=contents)
         run = json.loads(metadata["run"])
         version = run["format_version"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -123,11 +142,7 @@ def load_run(
             f"{path} has format version {version}, this saekit reads up to {FORMAT_VERSION}; "
             "upgrade with `pip install -U saekit`"
         )
-    _check_same(path, run, configs, source)
-    states = []
-    for n, (config, cfg, saved) in enumerate(zip(configs, cfgs, run["saes"], strict=True)):
-        states.append(_restored(config, cfg, _under(str(n), tensors), saved, run["step"], device))
-    return states, Place(**run["place"])
+    return tensors, run
 
 
 def _rules(state: TrainState) -> dict[str, SelectionRule]:

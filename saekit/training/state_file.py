@@ -45,10 +45,10 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         raise FileError(f"cannot write {path}: {error}; check space and rights") from error
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata; what is wrong with a damaged file is the caller's to say."""
+def read_state(path: Path, *, contents: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (none without `contents`) and metadata; what is wrong with a damaged file is the caller's to say."""
     # copies: what safetensors gives is the file itself, which may be written over
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()} if contents else {}
     with safe_open(path, framework="pt") as file:
         return tensors, file.metadata() or {}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saekit.codes import SparseCodes
 from saekit.kernels.entries import decode_rows, encode_entries
-from saekit.kernels.select import above
+from saekit.kernels.select import above, top_of_all
 from saekit.losses import summed_mse
 from saekit.sae import SAE
 from saekit.selection import Threshold, check_k
@@ -40,8 +40,13 @@ class Gated:
         check_k(type(self).__name__, self.k)
 
     def extra(self, sae: SAE, sample: Vectors) -> dict[str, Tensor]:
-        per_feature = torch.zeros_like(sae.b_enc)
-        return {"b_gate": per_feature, "r_mag": per_feature.clone(), "log_weight": start_weight(sample)}
+        if isinstance(sae.rule, Threshold):
+            cut: Tensor | float = sae.rule.per_feature(sae.n_features, sample)
+        else:  # weights of another rule: gates open where it would, taken all together
+            prepared, _ = sae.prepare(sample)
+            cut = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample))).scores.min()
+        b_gate = sae.b_enc.detach() - cut  # a new SAE has neither
+        return {"b_gate": b_gate, "r_mag": torch.zeros_like(b_gate), "log_weight": start_weight(sample)}
 
     def measure(self, sae: SAE, extra: Extra, x: Vectors, y: Targets) -> Measured:
         prepared, scale = sae.prepare(x)
