@@ -116,7 +116,6 @@ def test_delphi_never_replaces_an_sae_by_its_codes(config, sae, harvest, tmp_pat
     with pytest.raises(FileError, match="is no cache of delphi's; give another folder"):
         write_delphi_cache(tmp_path, sae, harvest, text="x")
     assert {path.name for path in place.iterdir()} == {"ae.pt", "config.json"}
-    (place / "ae.pt").unlink()
 
 
 def test_delphi_replaces_a_cache_of_its_own_whole(sae, harvest, tmp_path):
