@@ -102,6 +102,11 @@ class AuxZipf:
             of the codes stay exact.
         sample: share of a batch's tokens that this loss is measured on, the first ones: a fair sample where batches
             are shuffled, as those of training are. The loss costs that share, and its gradient is noisier.
+        warmup: training tokens before this loss begins; None is `dead_after`: until a feature has had the time to
+            fire, nobody is dead or under-used.
+
+    Not fields, since nothing else was found to be worth a choice: entries that the main codes keep do not count among
+    a token's `k_aux`; the explanation is decoded without bias; 1 is the loss of explaining nothing but the mean.
     """
 
     weight: float = 1 / 32
@@ -115,6 +120,7 @@ class AuxZipf:
     claim: Literal["token", "feature"] = "token"
     bf16: bool = False
     sample: float = 1.0
+    warmup: int | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.below <= 1 and 0 < self.most_members <= 1):

@@ -127,6 +127,9 @@ def test_aux_k_loss_and_its_gradients_are_those_of_dense_autograd(rule, k_aux, e
     got = explained(sae, x, codes, k_aux=k_aux)
     want, contributes = dense_aux(sae, x, codes, member_mask(), k_aux)
     torch.testing.assert_close(got, want)
+    # of which it is a special case
+    zipf = AuxZipf(k_aux=k_aux, dead_after=999, below=0.0, most_members=1.0)
+    torch.testing.assert_close(aux_zipf_loss(sae, x, codes, density=DEAD, options=zipf), want)
     ours, theirs = gradients(got, sae), gradients(want, sae)
     for name in ("encoder", "decoder", "b_enc"):
         torch.testing.assert_close(ours[name], theirs[name])
@@ -414,13 +417,17 @@ def test_members_that_claim_tokens_get_their_deficit_in_their_strongest_tokens()
     loss = aux_zipf_loss(sae, x, codes, density=density, options=chosen, residual=x)
     claims = (0.5 * expected[MEMBERS] * 400).ceil().long()
     assert claims.unique().numel() > 1 and (claims >= 1).all()
-    pre_acts = ((x - sae.b_dec) @ sae.encoder.T + sae.b_enc).detach()
-    values = torch.zeros_like(pre_acts)
+    pre_acts = (x - sae.b_dec).detach() @ sae.encoder.T + sae.b_enc
+    claimed = torch.zeros_like(pre_acts)
     for member, claim in zip(MEMBERS.tolist(), claims.tolist(), strict=True):
-        tokens = pre_acts[:, member].topk(claim).indices
-        values[tokens, member] = pre_acts[tokens, member].relu()
+        claimed[pre_acts[:, member].topk(claim).indices, member] = 1
+    values = pre_acts.relu() * claimed
     want = (x - values @ sae.decoder).square().sum() / (x - x.mean(0)).square().sum()
     torch.testing.assert_close(loss, want)
+    ours, theirs = gradients(loss, sae), gradients(want, sae)
+    for name in ("encoder", "decoder", "b_enc"):
+        assert ours[name].any()
+        torch.testing.assert_close(ours[name], theirs[name])
 
 
 @pytest.mark.parametrize("options", [{"below": -0.1}, {"below": 1.5}, {"most_members": 0.0}, {"most_members": 1.1}])

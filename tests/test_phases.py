@@ -155,7 +155,7 @@ def test_the_second_phase_begins_with_frozen_ranks_on_the_fitted_curve():
 
 
 def test_a_run_in_two_phases_switches_once_rewarms_and_ends_calibrated(vectors):
-    then = ThenFeatureChoice(at=0.5, rewarm=4, pool=1)
+    then = ThenFeatureChoice(at=0.5, rewarm=0.4, pool=1)
     settings = config(20, rule=MutualChoice(3), then=then, warmup=0.0, decay=0.0)
     state = TrainState.start(settings, vectors)
     rules = []
@@ -168,6 +168,17 @@ def test_a_run_in_two_phases_switches_once_rewarms_and_ends_calibrated(vectors):
     assert [settings.lr_factor(step) for step in (9, 10, 11, 13, 19)] == [1.0, 0.25, 0.5, 1.0, 1.0]
     (sae,) = train([config(60, rule=MutualChoice(3), then=ThenFeatureChoice(at=0.5, pool=4))], source_of(vectors))
     assert isinstance(sae.rule, Threshold) and torch.as_tensor(sae.rule.theta).unique().numel() > 1
+
+
+@pytest.mark.parametrize("at", [0.5, 0.8])
+def test_each_phase_learns_as_a_run_of_its_own(at):
+    settings = config(500, rule=MutualChoice(3), then=ThenFeatureChoice(at=at))
+    first = round(at * 500)
+    factors = [settings.lr_factor(step) for step in range(500)]
+    alone = [config(first, rule=MutualChoice(3)).lr_factor(step) for step in range(first)]
+    assert factors[:first] == alone
+    assert max(factors[first:]) == 1.0 and sum(factors[first:]) / (500 - first) > 0.65
+    assert factors[first - 1] < 0.02 and factors[-1] < 0.03
 
 
 def test_feature_choice_pools_as_many_batches_as_its_rarest_feature_needs(vectors):
@@ -266,9 +277,11 @@ def test_nobody_is_resampled_where_nobody_is_dead_or_nothing_is_left_over(vector
     assert len(resample(state.sae, state.optimizer, x, explained, ~alive, encoder_norm=0.2, seed=0)) == 0
 
 
-def test_resampling_revives_features_that_nothing_else_would(vectors):
+@pytest.mark.parametrize("settings", [{}, {"rule": Threshold(0.0), "objective": ReLUL1(3)}], ids=["topk", "relu_l1"])
+def test_resampling_revives_features_that_nothing_else_would(vectors, settings):
     def dead_after(resampling: Resample | None) -> int:
-        state = TrainState.start(config(120, auxiliary=None, n_features=24, resample=resampling), vectors)
+        chosen = config(120, auxiliary=None, n_features=24, resample=resampling, **settings)
+        state = TrainState.start(chosen, vectors)
         with torch.no_grad():
             state.sae.encoder[:8] = 0
             state.sae.b_enc[:8] = -5
@@ -288,6 +301,7 @@ def test_resampling_revives_features_that_nothing_else_would(vectors):
         ({"rule": Threshold(0.0), "objective": Gated(3), "resample": Resample()}, "keep closed; leave resample away"),
         ({"anneal": AnnealK(2)}, r"cannot fall from 2 to 3 .*start at least at the rule's k"),
         ({"anneal": AnnealK(48)}, r"cannot fall from 48 to 3 on 48 features"),
+        ({"density_horizon": 0}, "density_horizon=0: give a number of tokens"),
         ({"then": ThenFeatureChoice(at=0.99)}, r"at=0\.99 of 20 steps leaves one of the two phases empty"),
         ({"then": ThenFeatureChoice(cap=0.05)}, r"48 features on at most 0\.05 .* cannot spend k=3 on every"),
         ({"then": ThenFeatureChoice(), "rule": FeatureChoice(3)}, r"is that from the start; begin with TopK or Mutual"),
@@ -321,6 +335,10 @@ def test_without_relu_the_thresholds_of_a_batch_rule_let_negative_entries_throug
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: ThenFeatureChoice(rewarm=200.0),
+            r"ThenFeatureChoice\(rewarm=200\.0\): give a share of the second phase",
+        ),
         (lambda: ThenFeatureChoice(pool=0), r"ThenFeatureChoice\(pool=0\): give at least 1 batch"),
         (lambda: ThenFeatureChoice(exponent=-1.0), r"exponent=-1\.0.*finite numbers of at least 0"),
         (lambda: Resample(at=(0.5, 1.0)), r"Resample\(at=\(0\.5, 1\.0\)\): give shares of the run"),

@@ -11,7 +11,7 @@ from saekit.errors import ShapeError
 from saekit.normalisation import EqualNorms, Plain
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig, with_metadata
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+from saekit.selection import AbsTopK, FeatureChoice, GroupMax, MutualChoice, SelectionRule, Threshold, TopK
 
 D_MODEL, N_FEATURES, N_TOKENS = 5, 9, 7
 RANKS = torch.tensor([3, 0, 8, 1, 7, 2, 6, 4, 5])
@@ -24,6 +24,15 @@ RULES: dict[str, SelectionRule] = {
     "FeatureChoice ranked": FeatureChoice(3, exponent=0.9, offset=1.5, ranks=RANKS),
     "Threshold": Threshold(0.25),
     "Threshold per feature": Threshold(CUTS),
+}
+# rules that let negative entries through, or choose otherwise than by the largest
+MORE_RULES: dict[str, SelectionRule] = {
+    "TopK without ReLU": TopK(3, relu=False),
+    "MutualChoice without ReLU": MutualChoice(6, relu=False),
+    "FeatureChoice without ReLU": FeatureChoice(3, exponent=0.9, offset=1.5, relu=False),
+    "Threshold without ReLU": Threshold(-0.25, relu=False),
+    "AbsTopK": AbsTopK(3),
+    "GroupMax": GroupMax(3),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 both_norms = pytest.mark.parametrize("equal_norms", [False, True], ids=["own norms", "equal norms"])
@@ -90,6 +99,38 @@ def test_gradients_of_encode_and_decode_are_right(rule, equal_norms):
         return torch.func.functional_call(both, dict(zip(weights, values, strict=True)), x)
 
     assert torch.autograd.gradcheck(codes_and_output, (x, *weights.values()), fast_mode=True)
+
+
+@both_norms
+@pytest.mark.parametrize("rule", MORE_RULES.values(), ids=MORE_RULES.keys())
+def test_gradients_of_rules_without_relu_and_of_groups_are_right(rule, equal_norms):
+    both = _CodesAndOutput(random_sae(rule, equal_norms=equal_norms, dtype=torch.float64))
+    weights = dict(both.named_parameters())
+    x = inputs(dtype=torch.float64).requires_grad_()
+    assert isinstance(rule, GroupMax) or (both.sae.encode(x).values < 0).any()
+
+    def codes_and_output(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.functional_call(both, dict(zip(weights, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(codes_and_output, (x, *weights.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_gradients_of_transcoders_are_right(skip):
+    cfg = SAEConfig(d_in=D_MODEL, d_sae=N_FEATURES, d_out=D_MODEL + 2, apply_b_dec_to_input=False)
+    sae = SAE(D_MODEL, N_FEATURES, TopK(3), skip=skip, cfg=cfg).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    weights = dict(sae.named_parameters())
+    assert ("skip" in weights) is skip
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(sae, dict(zip(weights, values, strict=True)), x)
+
+    x = inputs(dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(output, (x, *weights.values()), fast_mode=True)
 
 
 class _CodesAndOutput(torch.nn.Module):

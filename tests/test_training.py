@@ -238,6 +238,8 @@ def test_the_auxiliary_loss_counts_with_its_weight(vectors):
         {"auxiliary": replace(ZIPF, dead_after=4 * BATCH)},
         {"auxiliary": replace(ZIPF, below=0.01)},
         {"auxiliary": replace(ZIPF, claim="feature")},
+        {"auxiliary": replace(ZIPF, warmup=6 * BATCH)},
+        {"density_horizon": 2 * BATCH},
         {"auxiliary": replace(ZIPF, most_members=0.1)},
         {"auxiliary": replace(ZIPF, curve=FeatureChoice(3, exponent=2.0, floor=1))},
         {"objective": Matryoshka()},

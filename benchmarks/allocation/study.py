@@ -26,8 +26,8 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 PEER_PYTHON = REPOSITORY / ".venv-interop" / "bin" / "python"
 # what the numbers rest on; the study refuses to run while one of these is red
 TESTS = (
-    "selection", "kernels", "losses", "density", "training", "calibrate", "evaluate", "synthetic", "recovery",
-    "allocation_study",
+    "selection", "kernels", "sae", "losses", "density", "objectives", "training", "phases", "calibrate", "evaluate",
+    "concepts", "synthetic", "recovery", "allocation_study",
 )  # fmt: skip
 
 

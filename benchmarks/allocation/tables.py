@@ -11,18 +11,22 @@ Rows = Sequence[Mapping[str, str]]
 # column of the results: (head of the table, factor, decimals)
 SHOWN = {
     "inference_fvu": ("FVU", 1, 4),
+    "batch_mode_fvu": ("FVU in batch mode", 1, 4),
     "inference_ce_recovered": ("CE recovered", 1, 4),
     "inference_l0": ("L0", 1, 1),
     "inference_l0_p5": ("p5", 1, 0),
     "inference_l0_p95": ("p95", 1, 0),
     "inference_dead_fraction": ("dead %", 100, 2),
     "inference_underused_fraction": ("under-used %", 100, 1),
+    "inference_zipf_exponent": ("Zipf exponent", 1, 2),
     "inference_l0_surprisal_corr": ("L0 ~ surprisal", 1, 2),
+    "inference_l0_loss_corr": ("L0 ~ loss", 1, 2),
     "inference_l0_error_corr": ("L0 ~ error", 1, 2),
     "concept_f1_mean": ("concept F1", 1, 3),
     "truth_recovered": ("found", 1, 3),
     "truth_f1": ("F1 of firing", 1, 3),
     "train_cpu_s_per_mtok": ("CPU s / M tokens", 1, 0),
+    "peak_mb": ("peak MB", 1, 0),
 }
 
 

@@ -9,7 +9,7 @@ from saekit.errors import SaekitError
 from saekit.losses import AuxK, AuxZipf
 from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.targets import Site
-from saekit.training.objectives import Objective, Reconstruction
+from saekit.training.objectives import Gated, JumpReLU, Objective, Reconstruction
 from saekit.training.resample import Resample
 from saekit.training.schedule import AnnealK, ThenFeatureChoice
 
@@ -44,6 +44,8 @@ class TrainConfig:
             (`saekit.training.first_scale`).
         equal_norms: scale every centred token to one norm before encoding.
         ranks_every: steps between new ranks for `FeatureChoice`.
+        density_horizon: tokens that the running average of densities looks back over, by which features are ranked and
+            under-used; None is a tenth of the run, at least 20 batches.
         bf16_screening: find candidates in bfloat16 and select among their exact scores, on CPUs where that is
             faster (`saekit.kernels.screen`); of entries that are equal up to rounding others may be kept.
     """
@@ -69,6 +71,7 @@ class TrainConfig:
     encoder_start: Literal["fit", "unit"] = "fit"
     equal_norms: bool = False
     ranks_every: int = 100
+    density_horizon: int | None = None
     bf16_screening: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class TrainConfig:
             raise SaekitError(f"batch_tokens={self.batch_tokens}: give at least 1 token for each step")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise SaekitError(f"learning_rate={self.learning_rate}: give a number above 0, or leave it out")
+        if self.density_horizon is not None and self.density_horizon < 1:
+            raise SaekitError(f"density_horizon={self.density_horizon}: give a number of tokens, or leave it out")
         if self.tokens < self.batch_tokens:
             raise SaekitError(
                 f"tokens={self.tokens:,} is less than one batch of {self.batch_tokens:,}; "
@@ -90,7 +95,7 @@ class TrainConfig:
             raise SaekitError(
                 f"{self.objective} finds its own sparsity and would ignore {self.rule}; give rule=Threshold(0.0)"
             )
-        if self.objective.finds_sparsity and self.resample:
+        if isinstance(self.objective, Gated | JumpReLU) and self.resample:
             raise SaekitError(
                 f"new weights would not wake a feature that the gates or thresholds of {self.objective} keep closed; "
                 "leave resample away"
@@ -205,16 +210,16 @@ class TrainConfig:
         return min(10_000_000, max(self.tokens // 20, self.batch_tokens))
 
     def lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate at this step: rises, stays, falls to zero; rises anew with a second phase."""
-        rise = (step + 1) / max(1.0, self.warmup * self.steps)
-        fall = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(1.0, rise, fall) * self._rewarm(step)
-
-    def _rewarm(self, step: int) -> float:
-        if self.then is None or step < self.then.first_step(self.steps):
-            return 1.0
-        since = step - self.then.first_step(self.steps) + 1
-        return min(1.0, since / max(1, self.then.rewarm))
+        """Share of the peak learning rate at this step: rises, stays, falls to zero; a second phase does so anew."""
+        steps, warmup = self.steps, self.warmup
+        if self.then is not None:
+            first = self.then.first_step(steps)
+            step, steps, warmup = (
+                (step, first, warmup) if step < first else (step - first, steps - first, self.then.rewarm)
+            )
+        rise = (step + 1) / max(1.0, warmup * steps)
+        fall = (steps - step) / max(1.0, self.decay * steps)
+        return min(1.0, rise, fall)
 
 
 def recipe(config: TrainConfig) -> dict[str, Any]:

@@ -36,26 +36,30 @@ class ThenFeatureChoice:
     """A second phase under Feature Choice, with ranks frozen from the densities that the first one led to.
 
     Starting with Mutual Choice and going on with Feature Choice is our reconstruction; whether the paper
-    does so is not known.
+    does so is not known. Each phase has a learning rate that rises, stays and falls as in a run of its own: under the
+    end of the first one's the second could not learn what its budgets ask for.
 
     Attributes:
-        at: share of the run that is done when the second phase begins.
+        at: share of the run that is done when the second phase begins. A half suits short runs; where the first
+            phase needs its tokens, give more.
         exponent, offset: of the budgets; None fits them to the densities of the first phase.
         cap: largest share of the tokens that one feature may have.
         pool: batches over which budgets are shared.
-        rewarm: steps over which the learning rate rises again.
+        rewarm: share of the second phase over which the learning rate rises again.
     """
 
-    at: float = 0.8
+    at: float = 0.5
     exponent: float | None = None
     offset: float | None = None
     cap: float = 1.0
     pool: int = 8
-    rewarm: int = 200
+    rewarm: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.at < 1:
             raise SaekitError(f"ThenFeatureChoice(at={self.at}): give the share of the run before it, between 0 and 1")
+        if not 0 <= self.rewarm <= 1:
+            raise SaekitError(f"ThenFeatureChoice(rewarm={self.rewarm}): give a share of the second phase, 0 to 1")
         if self.pool < 1:
             raise SaekitError(f"ThenFeatureChoice(pool={self.pool}): give at least 1 batch")
         # refuses now what it could not be then

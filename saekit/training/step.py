@@ -112,7 +112,7 @@ class TrainState:
         """Seeded weights and no history: what `start`, or the file of an unfinished run, fills in."""
         sae = SAE(cfg.d_in, config.n_features, config.rule, skip=config.skip, cfg=cfg)
         sae.initialise(torch.Generator().manual_seed(config.seed))
-        horizon = max(config.tokens / 10, 20.0 * config.batch_tokens)
+        horizon = float(config.density_horizon or max(config.tokens / 10, 20.0 * config.batch_tokens))
         return cls(
             config=config,
             sae=sae.to(device),
@@ -187,8 +187,7 @@ def measure(state: TrainState, vectors: Vectors, targets: Targets | None = None)
     y = x if targets is None else targets * state.output_scale
     codes, y_hat, main = state.config.objective.measure(state.sae, state.extra, x, y)
     options, members, auxiliary = _aux_options(state.config), None, x.new_zeros(())
-    # until a feature has had the time to fire, nobody is dead or under-used
-    if options and state.step * state.config.batch_tokens > state.config.dead_threshold:
+    if options and state.step * state.config.batch_tokens > _warmup_tokens(state.config, options):
         members = Members.of(state.sae, revived_features(state.density, options), apart=True)
         auxiliary = aux_zipf_loss(
             state.sae, x, codes, density=state.density, options=options, residual=(y - y_hat).detach(), members=members
@@ -272,6 +271,10 @@ def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> N
         seed=state.config.seed * 1_000_003 + state.step,
     )
     state.density.tokens_since_fired[resampled] = 0
+
+
+def _warmup_tokens(config: TrainConfig, options: AuxZipf) -> int:
+    return config.dead_threshold if options.warmup is None else options.warmup
 
 
 def _aux_options(config: TrainConfig) -> AuxZipf | None:
