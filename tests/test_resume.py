@@ -430,6 +430,7 @@ CHANGES: list[dict] = [
     {"then": ThenFeatureChoice()},
     {"resample": Resample()},
     {"ranks_every": 4},
+    {"density_horizon": 700},
     {"batch_tokens": BATCH // 2},
 ]
 
