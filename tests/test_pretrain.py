@@ -215,3 +215,10 @@ def test_a_config_that_cannot_be_trained_is_refused_when_it_is_made(changes, mes
 def test_less_text_than_one_batch_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"rows of 16 tokens, but a batch takes 1,000; lower batch_tokens"):
         pretrain(replace(TINY, batch_tokens=16_000, tokens=16_000), tmp_path)
+
+
+def test_a_torch_without_the_optimiser_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(SaekitError, match=r"pretraining needs torch\.optim\.Muon, and torch .* has none; install 2\.9"):
+        pretrain(TINY, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -169,10 +169,7 @@ def pretrain(
         DataError: less text than one batch.
         SaekitError: a torch without the optimiser that trains the matrices.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise SaekitError(
-            f"pretraining needs torch.optim.Muon, and torch {torch.__version__} has none; install 2.9 or newer"
-        )
+    _check_torch()
     state_path = check_unfinished(out / STATE_FILE, resume=resume)
     train_documents, test_documents = split_documents(stdlib_documents(tests=True), held_out=config.held_out)
     tokenizer = train_tokenizer(train_documents, config.vocabulary, config.context)
@@ -183,13 +180,7 @@ def pretrain(
     optimizers = _optimizers(model, config)
     start = _resume(state_path, config, model, optimizers) if resume else 0
     loss_of = torch.compile(next_token_loss) if compile_model else next_token_loss
-    batch_rows = config.batch_tokens // config.context
-    if len(rows) < batch_rows:
-        raise DataError(
-            f"the text fills {len(rows):,} rows of {config.context} tokens, but a batch takes {batch_rows:,}; "
-            "lower batch_tokens, or give more text"
-        )
-
+    batch_rows = _rows_per_batch(config, rows)
     for step in range(start, config.steps):
         began = time.perf_counter()
         loss = loss_of(model, rows.ids[_batch_rows(step, batch_rows, len(rows), config.seed)], autocast=True)
@@ -226,6 +217,23 @@ def export_model(
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     (out / "pretrain.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def _check_torch() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        raise SaekitError(
+            f"pretraining needs torch.optim.Muon, and torch {torch.__version__} has none; install 2.9 or newer"
+        )
+
+
+def _rows_per_batch(config: PretrainConfig, rows: TokenRows) -> int:
+    batch_rows = config.batch_tokens // config.context
+    if len(rows) < batch_rows:
+        raise DataError(
+            f"the text fills {len(rows):,} rows of {config.context} tokens, but a batch takes {batch_rows:,}; "
+            "lower batch_tokens, or give more text"
+        )
+    return batch_rows
 
 
 def _optimizers(model: nn.Module, config: PretrainConfig) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
