@@ -104,8 +104,11 @@ def check_own_sites(folder: Path, site: str | None) -> None:
 
 
 def is_crosscoder(name: Path) -> bool:
-    """Whether its config says so, wherever it is; a file or folder without one is for its loader to look at."""
-    local = locate(name).local
+    """Whether its config says so, wherever it is; what has none, or is nowhere, is for its loader to look at."""
+    try:
+        local = locate(name).local
+    except SaekitError:
+        return False
     if local is not None and not ((local if local.is_dir() else local.parent) / "cfg.json").is_file():
         return False
     return bool(joined_sites(describe(name).weights.metadata))
