@@ -117,8 +117,7 @@ class Crosscoder:
 
     def directions(self) -> tuple[Float[Tensor, "n_features d_model"], Float[Tensor, "n_features d_model"]]:
         """What each feature writes and reads over all Sites, in units of what is usual at each."""
-        scale = torch.cat([torch.full((width,), self.scales.get(site, 1.0)) for site, width in self.widths.items()])
-        scale = scale.to(self.sae.W_dec)
+        scale = per_dimension(self.widths, self.scales).to(self.sae.W_dec)
         return self.sae.W_dec * scale, self.sae.encoder.detach() / scale
 
     def _by_site(self, joined: Float[Tensor, "rows d_model"]) -> dict[Site, Tensor]:
@@ -129,6 +128,11 @@ def joined_sites(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The Sites of a crosscoder whose folder says this; none of an SAE of one Site."""
     described = metadata.get(_KEY)
     return tuple(described) if isinstance(described, Mapping) else ()
+
+
+def per_dimension(widths: Mapping[Site, int], scales: Mapping[Site, float]) -> Float[Tensor, " d_model"]:
+    """The scale of every number of the joined vectors; 1 where none is given."""
+    return torch.cat([torch.full((width,), scales.get(site, 1.0)) for site, width in widths.items()])
 
 
 def join(

@@ -9,7 +9,7 @@ import torch
 
 from saekit.activations.batch import ActivationBatch, ActivationSource
 from saekit.activations.stream import START, Place, PlacedStream, ResumableSource
-from saekit.crosscoder import Crosscoder, join
+from saekit.crosscoder import Crosscoder, join, per_dimension
 from saekit.errors import FileError, SaekitError
 from saekit.sae import SAE
 from saekit.targets import Site
@@ -158,9 +158,9 @@ def _scale_of(site: Site) -> str:
 @torch.no_grad()
 def _for_scaled(sae: SAE, widths: Mapping[Site, int], scales: Mapping[Site, float]) -> SAE:
     """The same SAE for vectors that are multiplied by their Site's scale."""
-    per_dimension = torch.cat([torch.full((width,), scales[site]) for site, width in widths.items()])
+    scale = per_dimension(widths, scales)
     other = sae.rescaled(1.0)
-    other.encoder.div_(per_dimension.to(other.encoder))
-    other.decoder.mul_(per_dimension.to(other.decoder))
-    other.b_dec.mul_(per_dimension.to(other.b_dec))
+    other.encoder.div_(scale.to(other.encoder))
+    other.decoder.mul_(scale.to(other.decoder))
+    other.b_dec.mul_(scale.to(other.b_dec))
     return other
