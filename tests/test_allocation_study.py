@@ -9,13 +9,13 @@ import time
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.allocation import datasets, measure, plots, results, runs, study, tables
+from benchmarks.allocation import datasets, grids, measure, plots, results, runs, study, tables
 from benchmarks.allocation import surprisal as surprisal_of
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.recorded import Recording
@@ -49,18 +49,18 @@ def _small(monkeypatch):
 
 @pytest.mark.parametrize("d_model", [64, 256])
 def test_every_run_of_the_list_can_be_configured_and_differs_from_the_others_in_what_it_says(d_model):
-    for run in [*runs.full(), *runs.quick()]:
+    for run in [*grids.everything(), *grids.quick()]:
         setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=d_model, pre_bias="zero")
         config = runs.RULES[run.rule](setting)
         assert (getattr(config.rule, "k", None) or config.objective.k) == run.k
         assert (config.n_features, config.tokens, config.seed) == (run.expansion * d_model, run.tokens, run.seed)
         assert config.pre_bias == "zero"
         assert (config.auxiliary is None) == (run.rule in ("topk", "mutual"))
-    assert max(Counter(runs.full()).values()) == 1
+    assert max(Counter(grids.everything()).values()) == 1
 
 
 def test_rules_of_one_table_share_width_batch_and_learning_rate():
-    run = replace(RUN, expansion=64, k=8, tokens=100_000)
+    run = replace(RUN, dataset="pystd", expansion=64, k=8, tokens=500_000)
     setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=256, pre_bias="median")
     configs = [make(setting) for make in runs.RULES.values()]
     assert len({(c.n_features, c.batch_tokens, c.peak_lr, c.tokens, c.seed) for c in configs}) == 1
@@ -70,8 +70,37 @@ def test_rules_of_one_table_share_width_batch_and_learning_rate():
 
 
 def test_seeds_are_outermost():
-    seeds = [run.seed for run in runs.full()]
+    seeds = [run.seed for run in grids.full()]
     assert seeds == sorted(seeds)
+
+
+def test_the_list_asks_for_every_row_that_is_committed():
+    """So that whoever has no results gets all of these by one command."""
+    rows = results.read(Path(results.__file__).parent / "results.csv")
+    listed = {tuple(map(str, asdict(run).values())) for run in grids.everything()}
+    assert rows
+    assert {
+        (r["dataset"], r["rule"], r["expansion"], r["k"], r["seed"], r["tokens"], str(float(r["lr_scale"])))
+        for r in rows
+    } <= listed
+
+
+def test_a_grid_of_ones_own_is_the_table_but_for_what_is_said(monkeypatch):
+    def asked(*arguments: str) -> list[runs.Run]:
+        monkeypatch.setattr(sys, "argv", ["study", *arguments])
+        return list(study.listed(study.parse()))
+
+    assert asked() == grids.everything()
+    assert asked("--seeds", "7") == list(grids.full(seeds=[7]))
+    assert {run.lr_scale for run in asked("--rules", "topk", "--lr-scales", "2")} == {2.0}
+
+
+def test_a_curve_is_fitted_where_mutual_choice_was_measured_and_refused_elsewhere():
+    run = replace(RUN, rule="feature_fitted+aux_zipf", dataset="stories260K", expansion=16, k=32)
+    setting = runs.Setting(run=run, site=datasets.Site("x"), d_model=64, pre_bias="zero")
+    assert runs.fitted(setting).exponent == 0.8
+    with pytest.raises(SaekitError, match="no curve is fitted to stories260K at 2x, k = 4"):
+        runs.fitted(replace(setting, run=replace(run, expansion=2, k=4)))
 
 
 # a run

@@ -64,7 +64,7 @@ class Dataset:
 
 
 def open_dataset(name: str, *, shared: Path) -> Dataset:
-    """One of `runs.DATASETS`.
+    """One of `grids.DATASETS`.
 
     Args:
         shared: the folder that holds stories260K and its text.

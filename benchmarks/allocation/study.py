@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 
-from benchmarks.allocation import datasets, measure, plots, results, runs, tables
+from benchmarks.allocation import datasets, grids, measure, plots, results, runs, tables
 from benchmarks.gate import REPOSITORY, note, tests_pass
 from saekit.errors import SaekitError
 from saekit.training.stop import StopRequested, StopSignals
@@ -34,7 +34,7 @@ TESTS = (
 def main() -> int:
     options = parse()
     out = options.out or HERE / ("quick.csv" if options.quick else "results.csv")
-    wanted = list(runs.quick()) if options.quick else list(listed(options))
+    wanted = list(grids.quick()) if options.quick else list(listed(options))
     try:
         pending = list(to_do(wanted, results.done(out), options))
         note(f"{len(pending)} of {len(wanted)} runs to do, results in {out}")
@@ -79,13 +79,16 @@ def finish(run: runs.Run, number: int, of: int, out: Path, options: argparse.Nam
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="ten minutes, to see that all works")
-    parser.add_argument("--datasets", nargs="+", choices=runs.DATASETS, default=runs.DATASETS)
-    parser.add_argument("--rules", nargs="+", choices=list(runs.RULES), default=list(runs.RULES))
-    parser.add_argument("--expansions", nargs="+", type=int, default=[16, 64], help="features per dimension")
-    parser.add_argument("--ks", nargs="+", type=int, default=[8, 32], help="mean active features per token")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=runs.FULL_TOKENS, help="length of each training")
-    parser.add_argument("--lr-scales", nargs="+", type=float, default=[1.0], help="multiples of the learning rate")
+    grid = parser.add_argument_group(
+        "a grid of your own", "any of these; the others are as in the table. Without any: the table and all beside it"
+    )
+    grid.add_argument("--datasets", nargs="+", choices=grids.DATASETS)
+    grid.add_argument("--rules", nargs="+", choices=list(runs.RULES))
+    grid.add_argument("--expansions", nargs="+", type=int, help="features per dimension")
+    grid.add_argument("--ks", nargs="+", type=int, help="mean active features per token")
+    grid.add_argument("--seeds", nargs="+", type=int)
+    grid.add_argument("--tokens", type=int, help="length of each training")
+    grid.add_argument("--lr-scales", nargs="+", type=float, help="multiples of the learning rate")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder that holds stories260K and its text")
     parser.add_argument(
         "--peer-python", type=Path, default=PEER_PYTHON, help="interpreter that has dictionary_learning (make interop)"
@@ -98,15 +101,9 @@ def parse() -> argparse.Namespace:
 
 
 def listed(options: argparse.Namespace) -> Iterator[runs.Run]:
-    return runs.full(
-        datasets=options.datasets,
-        rules=options.rules,
-        expansions=options.expansions,
-        ks=options.ks,
-        seeds=options.seeds,
-        tokens=options.tokens,
-        lr_scales=options.lr_scales,
-    )
+    names = ("datasets", "rules", "expansions", "ks", "seeds", "tokens", "lr_scales")
+    grid = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return grids.full(**grid) if grid else iter(grids.everything())
 
 
 def to_do(wanted: list[runs.Run], done: set[tuple[str, ...]], options: argparse.Namespace) -> Iterator[runs.Run]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.allocation import measure, study
 from benchmarks.allocation.datasets import Dataset, open_dataset
-from benchmarks.allocation.runs import FULL_TOKENS, Run
+from benchmarks.allocation.grids import FULL_TOKENS
+from benchmarks.allocation.runs import Run
 from benchmarks.allocation.tables import over_seeds
 from saekit.errors import SaekitError
 from saekit.sae import SAE
