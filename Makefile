@@ -7,13 +7,14 @@ READY := .venv/.ready
 LENS3 := .venv-lens3
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-lens3 check interop interop-splice bench bench-speed bench-peers bench-allocation bench-adaptive clean
+.PHONY: help .venv demo test test-lens3 check notebooks interop interop-splice bench bench-speed bench-peers bench-allocation bench-adaptive clean
 
 help:
 	@echo 'make demo         bundled model -> SAE -> evaluation -> a page of features'
 	@echo 'make test         every test and notebook'
 	@echo 'make test-lens3   what concerns TransformerLens, with version 3 of it'
 	@echo 'make check        format, lint and types'
+	@echo 'make notebooks    executes the notebooks again and gives their figures pictures; needs chromium'
 	@echo 'make interop      SAELens, sparsify and dictionary_learning: their SAEs read here, ours read there'
 	@echo 'make interop-splice   SAEs in a forward pass: the same logits and caches as SAELens'
 	@echo 'make bench        the bundled model beside a trigram and lzma'
@@ -57,6 +58,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+notebooks: $(READY)
+	PYTHONWARNINGS=ignore:IProgress $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	$(BIN)/python notebooks/pictures.py notebooks/*.ipynb
 
 # an environment of their own: they bring much that saekit does without
 INTEROP := .venv-interop
