@@ -76,7 +76,7 @@ class AuxK:
     sample: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_sample(self.sample)
+        _check_common(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,12 +130,21 @@ class AuxZipf:
             )
         if self.bf16 and self.claim == "feature":
             raise SaekitError('AuxZipf(claim="feature") has no dense product to round; leave bf16 or the claim away')
-        _check_sample(self.sample)
+        _check_common(self)
+        if self.warmup is not None and self.warmup < 0:
+            raise SaekitError(f"AuxZipf got warmup={self.warmup}; give a number of tokens, 0 to begin at once")
 
 
-def _check_sample(sample: float) -> None:
-    if not 0 < sample <= 1:
-        raise SaekitError(f"sample={sample} is no share of a batch's tokens; give more than 0 and at most 1")
+def _check_common(options: AuxK | AuxZipf) -> None:
+    name = type(options).__name__
+    if not options.weight >= 0:
+        raise SaekitError(f"{name} got weight={options.weight}; give 0 or more")
+    for field in ("k_aux", "dead_after"):
+        number = getattr(options, field)
+        if number is not None and number < 1:
+            raise SaekitError(f"{name} got {field}={number}; give at least 1, or None for the default")
+    if not 0 < options.sample <= 1:
+        raise SaekitError(f"sample={options.sample} is no share of a batch's tokens; give more than 0 and at most 1")
 
 
 def aux_k_loss(

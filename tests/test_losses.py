@@ -370,6 +370,26 @@ def test_a_sampled_auxiliary_loss_is_that_of_the_first_tokens(claim, given):
     assert not torch.equal(sampled, made(len(x), 1.0)[0])
 
 
+@pytest.mark.parametrize("kind", [AuxK, AuxZipf])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": -1.0}, r"got weight=-1\.0; give 0 or more"),
+        ({"weight": float("nan")}, "got weight=nan; give 0 or more"),
+        ({"k_aux": 0}, "got k_aux=0; give at least 1, or None"),
+        ({"dead_after": -5}, "got dead_after=-5; give at least 1, or None"),
+    ],
+)
+def test_weights_and_counts_that_mean_nothing_are_refused(kind, given, message):
+    with pytest.raises(SaekitError, match=f"^{kind.__name__} {message}"):
+        kind(**given)
+
+
+def test_a_loss_cannot_begin_before_the_run():
+    with pytest.raises(SaekitError, match="AuxZipf got warmup=-1; give a number of tokens, 0 to begin at once"):
+        AuxZipf(warmup=-1)
+
+
 @pytest.mark.parametrize("sample", [0.0, -0.5, 1.5, float("nan")])
 @pytest.mark.parametrize("kind", [AuxK, AuxZipf])
 def test_a_sample_of_nothing_or_of_more_than_all_is_refused(kind, sample):
