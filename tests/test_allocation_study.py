@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.allocation import datasets, grids, measure, plots, results, runs, study, tables
+from benchmarks.allocation import batch_mode, datasets, grids, measure, plots, results, runs, study, tables
 from benchmarks.allocation import surprisal as surprisal_of
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.recorded import Recording
 from saekit.activations.synthetic import SyntheticConfig, SyntheticSource, synthetic_truth
 from saekit.errors import DataError, FileError, SaekitError
-from saekit.selection import FeatureChoice, Threshold
+from saekit.losses import fvu
+from saekit.sae import SAE
+from saekit.selection import FeatureChoice, MutualChoice, Threshold, TopK
 from saekit.training import loop
 
 RUN = runs.Run(dataset="synthetic_outliers", rule="feature_zipf+aux_zipf", expansion=2, k=4, seed=0, tokens=4096)
@@ -191,6 +193,19 @@ def test_a_correlation_within_kinds_is_not_the_one_over_all_tokens():
     assert told["... within one entry of the vocabulary"] == pytest.approx(1)
     assert told["pieces that begin a word: mean L0"] < told["pieces inside: mean L0"]
     assert told["pieces inside: share of tokens"] == 0.5
+
+
+def test_fvu_is_of_all_tokens_while_the_rule_sees_a_batch_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=generator) * torch.rand(60, 1, generator=generator).sort(dim=0).values
+    sae = SAE(8, 24, TopK(2))
+    parts = x.split(20)
+    with torch.no_grad():
+        assert batch_mode.fvu_of(sae, parts) == pytest.approx(float(fvu(x, sae(x))))
+        together = sae.with_rule(MutualChoice(2))
+        one_by_one = torch.cat([together(part) for part in parts])
+        assert batch_mode.fvu_of(together, parts) == pytest.approx(float(fvu(x, one_by_one)))
+        assert batch_mode.fvu_of(together, parts) != pytest.approx(batch_mode.fvu_of(together, [x]))
 
 
 def test_timing_a_source_leaves_its_batches_alone():

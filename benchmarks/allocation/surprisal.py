@@ -22,7 +22,7 @@ from benchmarks.allocation import measure, study
 from benchmarks.allocation.datasets import Dataset, open_dataset
 from benchmarks.allocation.grids import FULL_TOKENS
 from benchmarks.allocation.runs import Run
-from benchmarks.allocation.tables import over_seeds
+from benchmarks.allocation.tables import beside_each_other
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 
@@ -128,17 +128,7 @@ def page(columns: Mapping[str, list[dict[str, float]]], options: argparse.Namesp
         f"training tokens, calibrated; 160 held-out rows of 256 tokens; seeds {', '.join(map(str, options.seeds))}. "
         f"Kinds with fewer than {FEWEST} tokens are left out of the averages."
     )
-    lines = [
-        "# Does a surprising token get more features?",
-        "",
-        how,
-        "",
-        "| | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for name in next(iter(columns.values()))[0]:
-        cells = [over_seeds([numbers[name] for numbers in seeds], 1, 2) for seeds in columns.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = ["# Does a surprising token get more features?", "", how, "", *beside_each_other(columns, 2)]
     return "\n".join(lines) + "\n"
 
 

@@ -144,3 +144,12 @@ def over_seeds(values: Sequence[float], factor: float, decimals: int) -> str:
     shown = [f"{value * factor:.{decimals}f}" for value in (sum(values) / len(values), min(values), max(values))]
     mean, low, high = shown
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def beside_each_other(columns: Mapping[str, Sequence[Mapping[str, float]]], decimals: int) -> list[str]:
+    """A Markdown table of named numbers, a column per key, each with its numbers by seed."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in next(iter(columns.values()))[0]:
+        cells = [over_seeds([numbers[name] for numbers in seeds], 1, decimals) for seeds in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
