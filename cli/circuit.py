@@ -42,7 +42,8 @@ class Circuit:
     other: str | None = None
     """A prompt of as many tokens after which the wrong one ought to follow."""
     sae: tuple[str, ...] = ()
-    """SAEs at one or more Sites, in any order: folders, or names from `saekit list`. The bundled one if not given."""
+    """SAEs at one or more Sites, in any order: folders, files, names from `saekit list`, or places on the Hub. The
+    bundled one if not given."""
     site: tuple[str, ...] = ()
     """One for each --sae, if they are to read elsewhere than where they were trained."""
     model: str | None = None

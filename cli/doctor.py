@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,14 @@ from .output import columns, write_facts
 
 PACKAGES = ("saekit", "torch", "transformers", "transformer-lens", "tokenizers", "safetensors", "numpy", "triton")
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+# what else comes with saekit, beside the bundled model
+BUNDLED = {
+    "pystd_sae/layers.2": ("cfg.json", "sae_weights.safetensors"),
+    "adaptive/a-vit": ("config.json", "model.safetensors", "control.safetensors"),
+    "adaptive/adatape": ("config.json", "model.safetensors"),
+    "adaptive/duo-llm": ("config.json", "model.safetensors"),
+    "adaptive/rin": ("config.json", "model.safetensors"),
+}
 GB = 1e9
 
 
@@ -27,7 +36,7 @@ class Doctor:
     """
 
     json: bool = False
-    """print the facts as one JSON object"""
+    """Print the facts as one JSON object."""
 
     def run(self) -> int:
         facts = diagnose()
@@ -40,16 +49,18 @@ def diagnose() -> dict[str, Any]:
     from saekit.index import index_path
     from saekit.pretrained import bundled_model_path
 
-    model = check_model(bundled_model_path())
+    model = check_files(bundled_model_path(), MODEL_FILES)
+    others = [check_files(bundled_model_path().parent / name, files) for name, files in BUNDLED.items()]
     index = index_path()
     cache = check_cache()
-    problems = [model["problem"], cache["problem"]]
+    problems = [model["problem"], *(other["problem"] for other in others), cache["problem"]]
     if not index.is_file():
         problems.append(f"no index of published SAEs at {index}; install saekit again")
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "devices": list_devices(),
         "bundled_model": model,
+        "bundled_others": others,
         "index": index,
         "cache": cache,
         "problems": [problem for problem in problems if problem],
@@ -84,21 +95,24 @@ def list_devices() -> list[dict[str, Any]]:
     return found
 
 
-def check_model(folder: Path) -> dict[str, Any]:
-    """Whether a Hugging Face folder is whole: its JSON parses and its weights are as long as their header says."""
+def check_files(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Whether a bundled folder is whole: its JSON parses and its weights are as long as their header says."""
     from safetensors import SafetensorError, safe_open
 
     facts: dict[str, Any] = {"path": folder, "parameters": None, "problem": None}
-    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        return facts | {"problem": f"the bundled model lacks {', '.join(missing)} in {folder}; install saekit again"}
+        return facts | {"problem": f"what comes with saekit lacks {', '.join(missing)} in {folder}; install it again"}
+    shapes: list[list[int]] = []
     try:
-        for name in ("config.json", "tokenizer.json"):
-            json.loads((folder / name).read_text(encoding="utf-8"))
-        with safe_open(folder / "model.safetensors", framework="pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
+        for name in names:
+            if name.endswith(".json"):
+                json.loads((folder / name).read_text(encoding="utf-8"))
+                continue
+            with safe_open(folder / name, framework="pt") as weights:
+                shapes += [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118  not a dict
     except (OSError, ValueError, SafetensorError) as error:
-        return facts | {"problem": f"the bundled model in {folder} is damaged ({error}); install saekit again"}
+        return facts | {"problem": f"{folder}, which comes with saekit, is damaged ({error}); install it again"}
     return facts | {"parameters": sum(_product(shape) for shape in shapes)}
 
 
@@ -144,6 +158,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         columns(
             [
                 ("bundled model", f"{parameters}, {model['path']}"),
+                *(("beside it", str(other["path"])) for other in facts["bundled_others"] if not other["problem"]),
                 ("index", str(facts["index"])),
                 ("downloads", f"{cache['free_gb']:.0f} GB free, {cache['path']}"),
             ]

@@ -45,7 +45,8 @@ class Patch:
     wrong: str
     """The token that it is compared with."""
     sae: tuple[str, ...] = ()
-    """SAEs at one or more Sites: folders, or names from `saekit list`. The bundled one if not given."""
+    """SAEs at one or more Sites: folders, files, names from `saekit list`, or places on the Hub. The bundled one if not
+    given."""
     site: tuple[str, ...] = ()
     """One for each --sae, if they are to read elsewhere than where they were trained."""
     model: str | None = None

@@ -13,7 +13,7 @@ from .output import Progress, columns, write_facts
 class Pretrain:
     """Train a small language model on the source of Python's standard library.
 
-    This is how the bundled model was made. The result is a Hugging Face folder. A run that was
+    This is how the bundled model was made, with --compile. The result is a Hugging Face folder. A run that was
     interrupted goes on with --resume; --tokens may be changed then, as long as the learning rate has
     not begun to fall.
 

@@ -35,7 +35,7 @@ class Train:
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
       saekit train --site layers.2.mlp:in --site-out layers.2.mlp:out --skip
       saekit train --site layers.1 layers.2 layers.3 --crosscoder --out my-crosscoder
-      saekit train --start my-sae --rule jumprelu --learning-rate 3e-4 --out tuned
+      saekit train ./my-model ./notes.txt --site layers.3 --start my-sae --rule jumprelu --out tuned
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pystd"
@@ -67,13 +67,14 @@ class Train:
     """Width of the dictionary; 4,096 if not given, or that of --start."""
     start: tuple[str, ...] = ()
     """SAEs to go on from instead of new weights, one for each --site; MODEL and TEXT are not taken from
-    them, and a lower --learning-rate may be wise. With --rule jumprelu the thresholds of the SAE are fine-tuned."""
+    them, and a lower --learning-rate may be wise. With --rule jumprelu the thresholds of the SAE are fine-tuned; one
+    that has none (top-k) begins with the cut that leaves --k features active on average."""
     tokens: int = 1_000_000
     """Length of training; a shorter text is read more than once."""
     batch_tokens: int = 1024
     """Tokens per step."""
     learning_rate: float | None = None
-    """Peak learning rate; derived from the width and from --batch-tokens if not given."""
+    """Peak learning rate; derived from the width and, but for --rule feature, from --batch-tokens if not given."""
     auxiliary: Literal["zipf", "k", "none"] = "zipf"
     """Which unused features are asked to explain what is left over: under-used and dead, dead, or none."""
     auxiliary_claim: Literal["token", "feature"] = "token"

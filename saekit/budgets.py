@@ -58,7 +58,7 @@ def zipf_budgets(
             f"(several batches may be pooled){advice}"
         )
     least = (floor or 0) / n_tokens
-    shares = _shares(k, n_features=n_features, exponent=exponent, offset=offset, least=least, most=cap)
+    shares = zipf_shares(k, n_features=n_features, exponent=exponent, offset=offset, least=least, most=cap)
     return _rounded(shares * n_tokens, total, math.ceil(cap * n_tokens - _ROUNDING))
 
 
@@ -73,7 +73,7 @@ def smallest_batch(
     """
     if floor is not None:
         return -(-n_features * floor // k)
-    share = float(_shares(k, n_features=n_features, exponent=exponent, offset=offset, least=0.0, most=cap)[-1])
+    share = float(zipf_shares(k, n_features=n_features, exponent=exponent, offset=offset, most=cap)[-1])
     if share < _LEAST_SHARE:
         raise SaekitError(
             f"with exponent={exponent:g} the rarest of {n_features:,} features would wait for ever for its first "
@@ -83,8 +83,8 @@ def smallest_batch(
 
 
 @lru_cache(maxsize=64)
-def _shares(
-    k: int, *, n_features: int, exponent: float, offset: float, least: float, most: float
+def zipf_shares(
+    k: int, *, n_features: int, exponent: float, offset: float, least: float = 0.0, most: float = 1.0
 ) -> Float[Tensor, " n_features"]:
     """Budgets per token, before rounding: they sum to `k`, whatever the batch. Not to be changed by the caller."""
     # in logarithms, since a steep curve leaves the range of floating point

@@ -89,11 +89,12 @@ class AuxZipf:
         dead_after: tokens without firing that make a feature dead; None lets the training run decide.
         below: share of its expected density under which a feature is under-used. 0 leaves only the dead.
         curve: what density is expected of a rank: "fitted" is the Zipf line through the densities of this
-            dictionary; a `FeatureChoice` expects its own budgets, divided by the batch.
+            dictionary; a `FeatureChoice` without floor expects its own budgets, divided by the batch.
         least_count: a feature is judged only if the curve expects that many firings of it within the running
             average's horizon; fewer would be noise. The dead are judged by `dead_after` alone.
-        most_members: largest share of the dictionary that takes part, those furthest under the curve first,
-            so that the start of a run, when nearly all are under-used, does not ask everybody.
+        most_members: largest share of the dictionary that takes part, so that the start of a run, when nearly all
+            are under-used, does not ask everybody: the dead first, in the order of their indices, then those
+            furthest under the curve.
         shrink: count the loss less where fewer features than `k_aux` take part, so that a few do not dominate.
         claim: "token": each token takes its `k_aux` strongest members. "feature": each member takes as many
             of its strongest tokens as its density is behind the curve, at least one.
@@ -127,6 +128,11 @@ class AuxZipf:
             raise SaekitError(
                 f"AuxZipf got below={self.below}, most_members={self.most_members}; both are shares: give below from 0 "
                 "to 1, most_members above 0 and up to 1"
+            )
+        if self.curve != "fitted" and self.curve.floor:
+            raise SaekitError(
+                f"AuxZipf got curve={self.curve}, whose floor counts tokens of a batch, and the curve is of densities; "
+                "leave floor away"
             )
         if self.bf16 and self.claim == "feature":
             raise SaekitError('AuxZipf(claim="feature") has no dense product to round; leave bf16 or the claim away')
@@ -232,8 +238,7 @@ def curve_density(
     """The density that the curve expects of each feature, by its rank among `density`."""
     if not isinstance(curve, FeatureChoice):
         return expected_density(density, zipf_fit(density))
-    n_tokens = 1 << 24  # so large that rounding to whole tokens does not show
-    by_rank = curve.budgets(n_tokens, len(density)).to(density) / n_tokens
+    by_rank = curve.densities(len(density)).to(density)
     return torch.empty_like(density).scatter_(0, density.argsort(descending=True, stable=True), by_rank)
 
 

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saekit.budgets import smallest_batch, zipf_budgets
+from saekit.budgets import smallest_batch, zipf_budgets, zipf_shares
 from saekit.codes import SparseCodes
 from saekit.errors import SaekitError, ShapeError
 from saekit.kernels.entries import encode_entries
@@ -213,6 +213,12 @@ class FeatureChoice(_Briefly):
             SaekitError: if the batch is too small to grant every feature its least budget.
         """
         return zipf_budgets(self.k, n_tokens=n_tokens, **self._curve(n_features))
+
+    def densities(self, n_features: int) -> Float[Tensor, " n_features"]:
+        """Share of the tokens that the curve grants each rank, whatever the batch; without the floor."""
+        return zipf_shares(
+            self.k, n_features=n_features, exponent=self.exponent, offset=self.offset, most=self.cap
+        ).clone()
 
     def smallest_batch(self, n_features: int) -> int:
         """The fewest tokens that these budgets can be shared over."""

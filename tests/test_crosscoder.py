@@ -220,6 +220,33 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
         train_crosscoder(config, Shared(), [EARLY, LATE], run_file=RunFile(path=tmp_path / "other"))
 
 
+def test_a_run_goes_on_only_with_its_sites_in_their_order(tmp_path, small_samples):
+    """The weights of one would else be used on the other: the scales alone do not tell."""
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
+    path = tmp_path / "run.safetensors"
+
+    def stop(step: int, reports: object) -> None:
+        if step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stop, run_file=RunFile(path=path, every=1))
+    with pytest.raises(SaekitError, match="joined"):
+        train_crosscoder(config, Cached(), [LATE, EARLY], run_file=RunFile(path=path, resume=True))
+
+
+def test_sites_whose_batches_are_of_other_tokens_are_not_joined():
+    class Shifted(Shared):
+        def stream(self, batch_tokens: int, *, seed: int) -> Iterator[dict[Site, ActivationBatch]]:
+            for batches in super().stream(batch_tokens, seed=seed):
+                late = batches[LATE]
+                yield batches | {LATE: replace(late, position=late.position + 1)}
+
+    config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
+    with pytest.raises(ShapeError, match="the mask keeps 256 tokens at one Site"):
+        train_crosscoder(config, Shifted(), [EARLY, LATE])
+
+
 def test_a_run_goes_on_where_activations_differ_in_the_last_bits(tmp_path, small_samples):
     """As on another device: scales that were measured once are not measured again."""
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)

@@ -26,8 +26,9 @@ def model(tmp_path):
 
 @pytest.fixture
 def bundled(model, monkeypatch):
-    """Makes that folder the bundled model."""
+    """Makes that folder the bundled model, with nothing beside it."""
     monkeypatch.setattr(saekit.pretrained, "bundled_model_path", lambda: model)
+    monkeypatch.setattr(doctor, "BUNDLED", {})
     return model
 
 
@@ -57,15 +58,34 @@ def test_the_text_says_the_same(bundled, capsys):
 def test_a_missing_file_is_named_and_the_exit_code_is_1(bundled, capsys):
     (bundled / "tokenizer.json").unlink()
     assert main(["doctor"]) == 1
-    assert f"problem: the bundled model lacks tokenizer.json in {bundled}" in capsys.readouterr().out
+    assert f"problem: what comes with saekit lacks tokenizer.json in {bundled}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", doctor.MODEL_FILES)
 def test_a_file_cut_short_is_damage(model, name):
     path = model / name
     path.write_bytes(path.read_bytes()[:-1])
-    assert "is damaged" in doctor.check_model(model)["problem"]
-    assert doctor.check_model(model)["parameters"] is None
+    found = doctor.check_files(model, doctor.MODEL_FILES)
+    assert "is damaged" in found["problem"]
+    assert found["parameters"] is None
+
+
+def test_what_lies_beside_the_model_is_checked_too(bundled, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "BUNDLED", {"model": ("config.json", "model.safetensors"), "gone": ("cfg.json",)})
+    assert main(["doctor", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert [other["parameters"] for other in facts["bundled_others"]] == [12, None]
+    assert facts["problems"] == [
+        f"what comes with saekit lacks cfg.json in {bundled.parent / 'gone'}; install it again"
+    ]
+
+
+def test_every_file_of_weights_that_comes_along_is_on_the_list():
+    assets = saekit.pretrained.bundled_model_path().parent
+    listed = {f"{folder}/{name}" for folder, names in doctor.BUNDLED.items() for name in names}
+    weights = {path.relative_to(assets).as_posix() for path in assets.rglob("*.safetensors")}
+    assert weights <= listed | {"pystd/model.safetensors"}
+    assert all((assets / name).is_file() for name in listed)
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):

@@ -414,6 +414,19 @@ def test_the_budgets_of_feature_choice_can_be_the_curve():
     assert revived(behind, curve=rule) == list(range(390, 400))
 
 
+@pytest.mark.parametrize("rule", [FeatureChoice(8, exponent=3.0), FeatureChoice(8, exponent=1.0, cap=0.03)], ids=str)
+def test_a_curve_needs_no_batch_that_would_grant_it(rule):
+    share = zipf_densities()
+    expected = curve_density(share, rule)
+    assert float(expected.sum()) == pytest.approx(8)
+    assert float(expected.max()) <= rule.cap and bool((expected > 0).all())
+
+
+def test_a_floor_is_none_of_a_curve():
+    with pytest.raises(SaekitError, match="whose floor counts tokens of a batch, and the curve is of densities"):
+        AuxZipf(curve=FeatureChoice(3, floor=1))
+
+
 def test_without_shrinking_few_members_count_in_full():
     sae, x = random_sae(), inputs()
     codes = sae.encode(x)

@@ -9,7 +9,6 @@ from toy_runs import BATCH, N_FEATURES, OUT, SITE, config, source_of
 from toy_runs import small_samples as small_samples
 from toy_vectors import D_MODEL, mixtures
 
-from saekit.activations.batch import ActivationBatch
 from saekit.activations.harvest import TensorSource
 from saekit.density import RunningDensity, ZipfFit
 from saekit.errors import SaekitError
@@ -90,7 +89,7 @@ class TwoSites(TensorSource):
     def stream(self, batch_tokens, *, seed):
         for batches in super().stream(batch_tokens, seed=seed):
             x = batches[SITE].vectors
-            yield {SITE: batches[SITE], OUT: ActivationBatch.from_vectors(x @ self.matrix * 7 - 4)}
+            yield {SITE: batches[SITE], OUT: replace(batches[SITE], vectors=x @ self.matrix * 7 - 4)}
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -146,12 +145,12 @@ def test_the_second_phase_begins_with_frozen_ranks_on_the_fitted_curve():
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
     average = torch.empty(400, dtype=torch.float64).scatter_(0, order, line.expected(400))
     density = RunningDensity(average=average, tokens_since_fired=torch.zeros(400, dtype=torch.int64), weight=1.0)
-    rule = ThenFeatureChoice(cap=0.9).rule(4, density)
+    rule = ThenFeatureChoice(cap=0.9).rule(4, density, relu=True)
     assert rule.exponent == pytest.approx(0.8, abs=0.02) and rule.offset == pytest.approx(3.0, abs=0.5)
     assert (rule.k, rule.cap) == (4, 0.9)
     assert torch.equal(rule.ranks[order], torch.arange(400))
-    given = ThenFeatureChoice(exponent=0.3, offset=0.0).rule(4, density)
-    assert (given.exponent, given.offset) == (0.3, 0.0)
+    given = ThenFeatureChoice(exponent=0.3, offset=0.0).rule(4, density, relu=False)
+    assert (given.exponent, given.offset, given.relu) == (0.3, 0.0, False)
 
 
 def test_a_run_in_two_phases_switches_once_rewarms_and_ends_calibrated(vectors):
@@ -168,6 +167,14 @@ def test_a_run_in_two_phases_switches_once_rewarms_and_ends_calibrated(vectors):
     assert [settings.lr_factor(step) for step in (9, 10, 11, 13, 19)] == [1.0, 0.25, 0.5, 1.0, 1.0]
     (sae,) = train([config(60, rule=MutualChoice(3), then=ThenFeatureChoice(at=0.5, pool=4))], source_of(vectors))
     assert isinstance(sae.rule, Threshold) and torch.as_tensor(sae.rule.theta).unique().numel() > 1
+
+
+@pytest.mark.parametrize("rule", [MutualChoice(30, relu=False), TopK(30, relu=False)], ids=str)
+def test_a_second_phase_of_a_run_without_relu_has_none(rule, vectors):
+    (sae,) = train([config(40, rule=rule, then=ThenFeatureChoice(at=0.5, pool=1))], source_of(vectors))
+    assert isinstance(sae.rule, Threshold) and not sae.rule.relu
+    with torch.no_grad():
+        assert (sae.encode(vectors).values < 0).any()
 
 
 @pytest.mark.parametrize("at", [0.5, 0.8])
@@ -291,6 +298,26 @@ def test_resampling_revives_features_that_nothing_else_would(vectors, settings):
 
     assert dead_after(None) == 8
     assert dead_after(Resample(at=(0.25,))) <= 5
+
+
+@pytest.mark.parametrize("due", [4, 6], ids=["at the start of a pool", "in the middle of one"])
+def test_new_weights_are_not_held_to_the_cuts_of_the_old_ones(due, vectors):
+    rule = FeatureChoice(3)
+    settings = config(12, rule=rule, auxiliary=None, resample=Resample(at=(due / 12,)))
+    state = TrainState.start(settings, vectors)
+    with torch.no_grad():
+        state.sae.encoder[:8] = 0  # nobody hears of them: their cut is at zero
+    state.density.tokens_since_fired[:8] = 10**9
+    batches = vectors.split(BATCH)
+    share = []
+    for step in range(12):
+        pool = torch.cat(batches[step : step + 4]) if step % 4 == 0 else None
+        counts = train_step(state, batches[step], pool=pool).codes.feature_counts()
+        share.append(float(counts[:8].double().mean()) / BATCH)
+    granted = 3 / N_FEATURES
+    first = due if due == 4 else 8  # cuts of their own, here and with the next pool
+    assert max(share[:first]) == 0
+    assert 0 < share[first] < 3 * granted
 
 
 @pytest.mark.parametrize(

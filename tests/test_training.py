@@ -241,7 +241,7 @@ def test_the_auxiliary_loss_counts_with_its_weight(vectors):
         {"auxiliary": replace(ZIPF, warmup=6 * BATCH)},
         {"density_horizon": 2 * BATCH},
         {"auxiliary": replace(ZIPF, most_members=0.1)},
-        {"auxiliary": replace(ZIPF, curve=FeatureChoice(3, exponent=2.0, floor=1))},
+        {"auxiliary": replace(ZIPF, curve=FeatureChoice(3, exponent=2.0))},
         {"objective": Matryoshka()},
         {"anneal": AnnealK(8)},
         {"resample": Resample(at=(0.5,))},
@@ -344,6 +344,12 @@ def test_the_first_reconstruction_is_as_large_as_fits_best(changes, equal_norms,
     lengths = state.sae.encoder.detach().norm(dim=1)
     torch.testing.assert_close(state.sae.encoder, state.sae.decoder * lengths[:1, None])
     assert abs(float(lengths[0]) - 1) > 0.05
+
+
+def test_an_annealed_run_starts_with_what_fits_its_first_k(vectors):
+    annealed = TrainState.start(config(rule=TopK(3), anneal=AnnealK(24)), vectors)
+    constant = TrainState.start(config(rule=TopK(24)), vectors)
+    assert torch.equal(annealed.sae.encoder, constant.sae.encoder)
 
 
 def test_the_encoder_of_a_transcoder_and_under_an_l1_penalty_starts_at_unit_norm(vectors):

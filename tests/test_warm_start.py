@@ -14,7 +14,7 @@ from saekit.losses import fvu
 from saekit.normalisation import EqualNorms
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
-from saekit.selection import MutualChoice, SelectionRule, Threshold
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.training.loop import train
 from saekit.training.objectives import Gated, JumpReLU
 from saekit.training.step import TrainState, measure
@@ -126,6 +126,30 @@ def test_fine_tuned_thresholds_keep_their_sparsity_and_serve_better(trained, vec
         assert float(fvu(unseen, tuned(unseen))) < float(fvu(unseen, start(unseen)))
     theta = torch.as_tensor(tuned.rule.theta)  # pyright: ignore[reportAttributeAccessIssue]
     assert theta.std() > 0  # one cut has become one for each feature
+
+
+def test_a_feature_that_is_granted_nothing_has_a_threshold_that_can_be_trained(trained, vectors):
+    from saekit.training.calibrate import calibrate
+
+    steep = trained.with_rule(FeatureChoice(3, exponent=6.0, floor=0))
+    start = trained.with_rule(calibrate(steep, vectors))
+    assert torch.as_tensor(start.rule.theta).max() > 1e30  # pyright: ignore[reportAttributeAccessIssue]
+    quiet = source_of(vectors / 100)  # which training makes larger, and the cuts with it
+    with torch.no_grad():
+        start = start.rescaled(0.01)
+    (tuned,) = train([config(4, rule=Threshold(0.0), objective=JumpReLU(3))], quiet, start=[start])
+    assert all(torch.isfinite(tensor).all() for tensor in tuned.state_dict().values())
+    assert torch.isfinite(torch.as_tensor(tuned.rule.theta)).all()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rule": Threshold(0.0), "objective": JumpReLU(3)}], ids=str)
+def test_an_sae_without_relu_goes_on_only_without_it(changes, trained, vectors):
+    start = trained.with_rule(TopK(3, relu=False))
+    with pytest.raises(
+        SaekitError, match=r"this SAE has no ReLU, and .* would drop its negative activations; train with"
+    ):
+        train([config(4, **changes)], source_of(vectors), start=[start])
+    train([config(4, rule=TopK(3, relu=False))], source_of(vectors), start=[start])
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,14 @@ class Joined:
         return {self.site: sum(self.source.widths[site] for site in self.scales)}
 
     def facts(self) -> Mapping[str, str | int | float | bool | None]:
-        """What decides the stream: the source's facts, and the scales.
+        """What decides the stream: the source's facts, the Sites in the order of the weights, and the scales.
 
         Raises:
             SaekitError: the source cannot say, and so a run that reads it cannot be resumed.
         """
-        return dict(resumable(self.source).facts()) | {_scale_of(site): scale for site, scale in self.scales.items()}
+        own = {"joined": ", ".join(map(str, self.scales))}
+        own |= {_scale_of(site): scale for site, scale in self.scales.items()}
+        return dict(resumable(self.source).facts()) | own
 
     def stream(self, batch_tokens: int, *, seed: int, start: Place = START) -> Iterator[dict[Site, ActivationBatch]]:
         looked_into = self.begun.pop((batch_tokens, seed), None)  # in any case: its buffer is large
@@ -57,7 +59,9 @@ class Joined:
         """One batch of the Sites as one of the whole."""
         scaled = {site: batches[site].vectors * scale for site, scale in self.scales.items()}
         widths = {site: vectors.shape[1] for site, vectors in scaled.items()}  # a source may run its model to say
-        first = batches[next(iter(self.scales))]
+        first, *others = (batches[site] for site in self.scales)
+        for other in others:
+            first.check_same_tokens(other)
         return {self.site: replace(first, vectors=join(scaled, widths))}
 
 

@@ -156,6 +156,8 @@ def _take_steps(states: Sequence[TrainState], ahead: Ahead, on_step: OnStep, kee
 
 def _step(state: TrainState, batches: Batches, pool: Sequence[Batches]) -> Report:
     config, device = state.config, state.sae.b_dec.device
+    if config.site_out:
+        batches[config.site].check_same_tokens(batches[config.site_out])
     return train_step(
         state,
         _brought(batches[config.site].vectors, device),

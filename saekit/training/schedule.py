@@ -69,8 +69,12 @@ class ThenFeatureChoice:
         """The step that the second phase begins with."""
         return round(self.at * steps)
 
-    def rule(self, k: int, density: RunningDensity) -> FeatureChoice:
-        """The rule of the second phase."""
+    def rule(self, k: int, density: RunningDensity, *, relu: bool) -> FeatureChoice:
+        """The rule of the second phase.
+
+        Args:
+            relu: of the rule of the first one.
+        """
         fit = zipf_fit(density.density)
         return FeatureChoice(
             k,
@@ -79,5 +83,6 @@ class ThenFeatureChoice:
             # the fitted tail may ask for pools of millions of tokens; one token each must do
             floor=1,
             cap=self.cap,
+            relu=relu,
             ranks=density.ranks(),
         )

@@ -16,7 +16,7 @@ from saekit.normalisation import EqualNorms, Plain
 from saekit.revival import Members
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, TopK
+from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.targets import Site
 from saekit.training.calibrate import calibrate
 from saekit.training.config import TrainConfig
@@ -83,7 +83,7 @@ class TrainState:
         cfg = cfg or cfg_of(config, sample.shape[1], None if targets is None else targets.shape[1])
         state = cls.blank(config, cfg, input_scale=input_scale, output_scale=output_scale, device=sample.device)
         if start is not None:
-            check_start(start, cfg, skip=config.skip)
+            check_start(start, cfg, skip=config.skip, rule=config.rule)
             known = in_training_units(start, input_scale=input_scale, output_scale=output_scale)
             state.sae.load_state_dict(known.state_dict())
             # its own cuts are where an objective that learns them begins
@@ -95,7 +95,7 @@ class TrainState:
             state.input_centre = centre_in
         elif config.encoder_start == "fit" and config.objective.fits_start:
             first = state.inputs(sample)[: config.batch_tokens]
-            fit_first_scale(state.sae, config.objective, first, first)
+            fit_first_scale(state.sae.with_rule(_annealed(config, config.rule, step=0)), config.objective, first, first)
         state.set_extra(config.objective.extra(state.sae, state.inputs(sample)))
         return state
 
@@ -218,7 +218,7 @@ def _train_step(state: TrainState, vectors: Vectors, targets: Targets | None, po
     config, sae = state.config, state.sae
     _choose_rule(state, vectors, pool)
     if config.resample and config.resample.is_due(state.step, config.steps):
-        _resample(state, vectors, targets)
+        _cut_anew(state, _resample(state, vectors, targets), pool)
     report = measure(state, vectors, targets)
     report.loss.backward()
     if report.revived:
@@ -234,15 +234,21 @@ def _train_step(state: TrainState, vectors: Vectors, targets: Targets | None, po
     return report
 
 
+def _annealed(config: TrainConfig, rule: SelectionRule, *, step: int) -> SelectionRule:
+    if config.anneal and isinstance(rule, TopK | MutualChoice | FeatureChoice):
+        return replace(rule, k=config.anneal.k(rule.k, step / config.steps))
+    return rule
+
+
 @torch.no_grad()
 def _choose_rule(state: TrainState, vectors: Vectors, pool: Pool | None) -> None:
     """Set what the rule of this phase of the run means at this step."""
     config, sae = state.config, state.sae
-    if config.then and state.step == config.then.first_step(config.steps) and config.k is not None:
-        state.rule = config.then.rule(config.k, state.density)
-    rule = state.rule
-    if config.anneal and isinstance(rule, TopK | MutualChoice | FeatureChoice):
-        rule = replace(rule, k=config.anneal.k(rule.k, state.step / config.steps))
+    if config.then and state.step == config.then.first_step(config.steps):
+        first = config.rule
+        assert isinstance(first, TopK | MutualChoice)  # which the config has seen to
+        state.rule = config.then.rule(first.k, state.density, relu=first.relu)
+    rule = _annealed(config, state.rule, step=state.step)
     if isinstance(rule, FeatureChoice) and rule.ranks is None and rule.exponent > 0:
         if state.step % DEMAND_EVERY == 0:
             prepared, _ = sae.prepare(state.inputs(vectors))
@@ -259,7 +265,7 @@ def _choose_rule(state: TrainState, vectors: Vectors, pool: Pool | None) -> None
     state.pooled -= 1
 
 
-def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> None:
+def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> Int[Tensor, " resampled"]:
     x = state.inputs(vectors)
     resampled = resample(
         state.sae,
@@ -271,6 +277,18 @@ def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> N
         seed=state.config.seed * 1_000_003 + state.step,
     )
     state.density.tokens_since_fired[resampled] = 0
+    return resampled
+
+
+@torch.no_grad()
+def _cut_anew(state: TrainState, resampled: Int[Tensor, " resampled"], pool: Pool | None) -> None:
+    """A pool's cuts are of the weights that were: features with new ones get theirs, or wait for the next pool."""
+    sae = state.sae
+    if isinstance(state.in_force, FeatureChoice) and pool is not None:
+        sae.rule = calibrate(sae.with_rule(state.in_force), state.inputs(pool))
+    elif state.pooled >= 0 and isinstance(sae.rule, Threshold):
+        theta = sae.rule.per_feature(sae.n_features, sae.encoder)
+        sae.rule = replace(sae.rule, theta=theta.index_fill(0, resampled, torch.inf))
 
 
 def _warmup_tokens(config: TrainConfig, options: AuxZipf) -> int:

@@ -12,15 +12,24 @@ from saekit.activations.harvest import checksum
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig, rule_tensors
-from saekit.selection import Threshold
+from saekit.selection import SelectionRule, Threshold
 
 
-def check_start(start: SAE, cfg: SAEConfig, *, skip: bool) -> None:
+def check_start(start: SAE, cfg: SAEConfig, *, skip: bool, rule: SelectionRule) -> None:
     """Refuse an SAE that training could not go on with as it is.
 
+    Args:
+        rule: that of the run.
+
     Raises:
-        SaekitError: if widths, normalisation or the kind of SAE are others than the run's.
+        SaekitError: if widths, normalisation or the kind of SAE are others than the run's, or its negative
+            activations would be lost.
     """
+    if not getattr(start.rule, "relu", True) and getattr(rule, "relu", False):
+        raise SaekitError(
+            f"this SAE has no ReLU, and {type(rule).__name__} would drop its negative activations; train with a rule "
+            "that has relu=False, or start without it"
+        )
     is_, asked = _shape(start.cfg, skip=start.skip is not None), _shape(cfg, skip=skip)
     differing = [f"{name} is {is_[name]}, the run asks for {asked[name]}" for name in asked if is_[name] != asked[name]]
     if differing:

@@ -36,6 +36,9 @@ from saekit.training.objectives.objective import (
     trained_of,
 )
 
+# a cut that no activation reaches, in the units of training, whose logarithm still has a gradient
+_NEVER = 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class JumpReLU:
@@ -65,8 +68,8 @@ class JumpReLU:
             theta = sae.rule.per_feature(sae.n_features, prepared)
         else:
             theta = top_of_all(prepared, sae.encoder, sae.b_enc, round(self.k * len(sample))).scores.min()
-        # the logarithm keeps thresholds positive
-        log_theta = trained_of(theta.clamp(min=1e-3)).expand(sae.n_features).clone()
+        # the logarithm keeps thresholds positive; a feature that was granted nothing has no finite cut
+        log_theta = trained_of(theta.clamp(1e-3, _NEVER)).expand(sae.n_features).clone()
         return {
             "log_theta": log_theta,
             "log_weight": start_weight(sample, self._balanced_weight(sae, log_theta, sample)),
