@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -280,6 +281,36 @@ def test_rows_are_added_whole_and_known_again(tmp_path):
     assert [row["seed"] for row in rows] == ["0", "1"]
     assert (rows[0]["truth_f1"], rows[0]["truth_absorbed"], rows[0]["batch_mode_fvu"]) == ("0.25", "", "")
     assert [p.name for p in path.parent.iterdir()] == ["r.csv"]
+
+
+def test_two_studies_that_end_at_once_lose_no_row(tmp_path):
+    path = tmp_path / "r.csv"
+
+    def add(number: int) -> None:
+        for seed in range(number * 20, number * 20 + 20):
+            results.append(path, asdict(replace(RUN, seed=seed)) | {"fingerprint": "1"})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert sorted(int(row["seed"]) for row in results.read(path)) == list(range(80))
+
+
+def test_rows_of_an_older_model_are_left_out_of_tables_and_not_of_those_of_other_data():
+    def row(dataset: str, fingerprint: str, finished: str) -> dict[str, str]:
+        return {"dataset": dataset, "fingerprint": fingerprint, "finished": finished}
+
+    old, new, other = row("pystd", "1", "2026-01-01"), row("pystd", "2", "2026-02-01"), row("synthetic", "1", "2025")
+    assert results.current([old, new, other]) == [new, other]
+
+
+@pytest.mark.usefixtures("_small")
+def test_budgets_that_need_more_tokens_than_are_held_out_are_refused_before_training(monkeypatch):
+    dataset = datasets.open_dataset("synthetic_outliers", shared=Path())
+    monkeypatch.setattr(runs, "SMALLEST_BATCH", 2048)
+    measure.config_of(RUN, dataset)
+    monkeypatch.setattr(runs, "SMALLEST_BATCH", 4096)
+    with pytest.raises(SaekitError, match="budgets are shared over 4,096 tokens, and 2,304 are held out"):
+        measure.config_of(RUN, dataset)
 
 
 def test_no_number_is_lost_to_a_table_without_its_column(tmp_path):

@@ -46,7 +46,8 @@ class Dataset:
         is_language: whether the target predicts tokens.
         documents: what the rows were made from, where their tokens have exact labels.
         truth: of synthetic data.
-        fingerprint: changes when the data do, so that results of other weights do not count as done.
+        fingerprint: of the model's weights or the truth, so that results of others do not count as done. The text
+            of pystd is the standard library of the Python that runs, which a row names.
     """
 
     source: ActivationSource

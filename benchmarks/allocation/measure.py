@@ -27,6 +27,7 @@ from saekit.analysis.concept_scores import count_concepts
 from saekit.analysis.concepts import ConceptLabels, label_tokens
 from saekit.analysis.evaluate import evaluate
 from saekit.analysis.recovery import measure_recovery
+from saekit.errors import SaekitError
 from saekit.patching import statistics
 from saekit.sae import SAE
 from saekit.selection import SelectionRule
@@ -45,10 +46,15 @@ def config_of(run: Run, dataset: Dataset) -> TrainConfig:
     """The recipe of a run.
 
     Raises:
-        SaekitError: if rule, width and batch do not go together.
+        SaekitError: if rule, width and batch do not go together, or budgets are shared over more tokens than there
+            are to evaluate on.
     """
     setting = Setting(run=run, site=dataset.train_site, d_model=dataset.d_model, pre_bias=dataset.pre_bias)
-    return RULES[run.rule](setting)
+    config = RULES[run.rule](setting)
+    shared_over, held_out = config.batch_tokens * config.shared_over, len(dataset.rows) * dataset.rows.context
+    if shared_over > held_out:
+        raise SaekitError(f"budgets are shared over {shared_over:,} tokens, and {held_out:,} are held out")
+    return config
 
 
 def measure(run: Run, *, shared: Path, peer_python: Path, recordings: Path) -> dict[str, object]:

@@ -1,9 +1,11 @@
 """The table of results: a CSV with one row per finished run, rewritten as a whole and never half written."""
 
 import csv
+import fcntl
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -60,13 +62,19 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
+def current(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of each data set's newest model or truth: those of an older one are another table."""
+    newest = {row["dataset"]: row["fingerprint"] for row in sorted(rows, key=lambda row: row["finished"])}
+    return [row for row in rows if row["fingerprint"] == newest[row["dataset"]]]
+
+
 def done(path: Path) -> set[tuple[str, ...]]:
     """Keys of the runs that need not be run again."""
     return {tuple(row[name] for name in KEY) for row in read(path)}
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row. Columns that do not apply to a run stay empty.
+    """Add a row. Columns that do not apply to a run stay empty; of two studies that end at once, one waits.
 
     Raises:
         FileError: for a column that the table does not have, so that no number is lost.
@@ -74,14 +82,26 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     unknown = sorted(set(row) - set(COLUMNS))
     if unknown:
         raise FileError(f"{path} has no column for {', '.join(unknown)}; add it to COLUMNS and rename the old file")
-    rows = [*read(path), {name: _cell(row.get(name)) for name in COLUMNS}]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
+    with _alone_in(path.parent):
+        rows = [*read(path), {name: _cell(row.get(name)) for name in COLUMNS}]
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, path)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other study writes in this folder meanwhile."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _cell(value: object) -> str:

@@ -48,8 +48,9 @@ def main() -> int:
                 not finish(run, number, len(pending), out, options, Path(folder))
                 for number, run in enumerate(pending, 1)
             )
-        plots.write_all(results.read(out), out.with_suffix(""))
-        tables.write(results.read(out), out.with_suffix(".md"))
+        rows = results.current(results.read(out))
+        plots.write_all(rows, out.with_suffix(""))
+        tables.write(rows, out.with_suffix(".md"))
     except SaekitError as error:
         note(f"Error: {error}")
         return 1
