@@ -131,13 +131,11 @@ def test_fine_tuned_thresholds_keep_their_sparsity_and_serve_better(trained, vec
 def test_a_feature_that_is_granted_nothing_has_a_threshold_that_can_be_trained(trained, vectors):
     from saekit.training.calibrate import calibrate
 
-    steep = trained.with_rule(FeatureChoice(3, exponent=6.0, floor=0))
-    start = trained.with_rule(calibrate(steep, vectors))
+    quiet = vectors / 100  # which training makes larger, and the cuts with it
+    steep = trained.rescaled(0.01).with_rule(FeatureChoice(3, exponent=6.0, floor=0))
+    start = steep.with_rule(calibrate(steep, quiet))
     assert torch.as_tensor(start.rule.theta).max() > 1e30  # pyright: ignore[reportAttributeAccessIssue]
-    quiet = source_of(vectors / 100)  # which training makes larger, and the cuts with it
-    with torch.no_grad():
-        start = start.rescaled(0.01)
-    (tuned,) = train([config(4, rule=Threshold(0.0), objective=JumpReLU(3))], quiet, start=[start])
+    (tuned,) = train([config(4, rule=Threshold(0.0), objective=JumpReLU(3))], source_of(quiet), start=[start])
     assert all(torch.isfinite(tensor).all() for tensor in tuned.state_dict().values())
     assert torch.isfinite(torch.as_tensor(tuned.rule.theta)).all()  # pyright: ignore[reportAttributeAccessIssue]
 
