@@ -1,6 +1,6 @@
 """Crosscoders: the equations per Site, what training finds at each, the folder, refusals."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -203,17 +203,21 @@ def test_what_set_the_scales_is_trained_on_and_made_once(small_samples):
     torch.testing.assert_close(found.sae.encoder, again.rescaled(1.0).encoder * per_dimension)
 
 
+def stopping_at(last: int) -> Callable[[int, object], None]:
+    def stop(step: int, reports: object) -> None:
+        if step == last:
+            raise InterruptedError
+
+    return stop
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path, small_samples):
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=8 * 256, batch_tokens=256)
     whole = train_crosscoder(config, Cached(), [EARLY, LATE])
     path = tmp_path / "run.safetensors"
 
-    def stop(step: int, reports: object) -> None:
-        if step == 5:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stop, run_file=RunFile(path=path, every=2))
+        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stopping_at(5), run_file=RunFile(path=path, every=2))
     resumed = train_crosscoder(config, Cached(), [EARLY, LATE], run_file=RunFile(path=path, resume=True))
     assert torch.equal(resumed.sae.encoder, whole.sae.encoder) and torch.equal(resumed.sae.decoder, whole.sae.decoder)
     with pytest.raises(SaekitError, match="Shared cannot say what and where it reads, so its run cannot be resumed"):
@@ -225,12 +229,8 @@ def test_a_run_goes_on_only_with_its_sites_in_their_order(tmp_path, small_sample
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
     path = tmp_path / "run.safetensors"
 
-    def stop(step: int, reports: object) -> None:
-        if step == 3:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stop, run_file=RunFile(path=path, every=1))
+        train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stopping_at(3), run_file=RunFile(path=path, every=1))
     with pytest.raises(SaekitError, match="joined"):
         train_crosscoder(config, Cached(), [LATE, EARLY], run_file=RunFile(path=path, resume=True))
 
@@ -252,10 +252,6 @@ def test_a_run_goes_on_where_activations_differ_in_the_last_bits(tmp_path, small
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
     path = tmp_path / "run.safetensors"
 
-    def stop(step: int, reports: object) -> None:
-        if step == 3:
-            raise InterruptedError
-
     class Elsewhere(Cached):
         def __init__(self) -> None:
             super().__init__()
@@ -268,7 +264,7 @@ def test_a_run_goes_on_where_activations_differ_in_the_last_bits(tmp_path, small
     started = train_crosscoder(config, Cached(), [EARLY, LATE])
     saved = RunFile(path=path, every=1)
     with pytest.raises(InterruptedError):
-        train_crosscoder(config, Cached(), [EARLY, LATE], start=started, on_step=stop, run_file=saved)
+        train_crosscoder(config, Cached(), [EARLY, LATE], start=started, on_step=stopping_at(3), run_file=saved)
     saved = RunFile(path=path, resume=True)
     resumed = train_crosscoder(config, Elsewhere(), [EARLY, LATE], start=started, run_file=saved)
     whole = train_crosscoder(config, Cached(), [EARLY, LATE], start=started)

@@ -10,48 +10,30 @@ order, to the size of a batch, and to held-out text itself, which asks for other
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.allocation import measure, study
+from benchmarks.allocation import measure, side_study
 from benchmarks.allocation.datasets import open_dataset
-from benchmarks.allocation.grids import FULL_TOKENS
 from benchmarks.allocation.runs import Run
+from benchmarks.allocation.side_study import Columns
 from benchmarks.allocation.tables import beside_each_other
-from saekit.errors import SaekitError
 from saekit.losses import fvu
 from saekit.sae import SAE
 
-HERE = Path(__file__).parent
 OTHER_ORDER = 99
 RULES = ("feature_uniform+aux_zipf", "feature_zipf+aux_zipf")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--datasets", nargs="+", choices=("stories260K", "pystd"), default=("stories260K", "pystd"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=FULL_TOKENS)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--shared", type=Path, default=study.SHARED)
-    parser.add_argument("--out", type=Path, default=HERE / "batch_mode.md")
-    options = parser.parse_args()
-    try:
-        columns = {
-            f"{name}, {rule}": [numbers_of(name, rule, seed, options) for seed in options.seeds]
-            for name in options.datasets
-            for rule in RULES
-        }
-    except SaekitError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    options.out.write_text(page(columns, options))
-    print(options.out.read_text())
-    return 0
+def measured(options: argparse.Namespace) -> Columns:
+    return {
+        f"{name}, {rule}": [numbers_of(name, rule, seed, options) for seed in options.seeds]
+        for name in options.datasets
+        for rule in RULES
+    }
 
 
 def numbers_of(name: str, rule: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -87,7 +69,7 @@ def fvu_of(sae: SAE, batches: Sequence[Float[Tensor, "_ d_model"]]) -> float:
     return float(fvu(torch.cat(list(batches)), torch.cat([sae(batch) for batch in batches])))
 
 
-def page(columns: Mapping[str, list[dict[str, float]]], options: argparse.Namespace) -> str:
+def page(columns: Columns, options: argparse.Namespace) -> str:
     """All numbers as one Markdown table, a column per data set and rule."""
     how = (
         f"Written by `python -m benchmarks.allocation.batch_mode`: FVU at 16x, k = {options.k}, {options.tokens:,} "
@@ -99,4 +81,4 @@ def page(columns: Mapping[str, list[dict[str, float]]], options: argparse.Namesp
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(side_study.run(__doc__, "batch_mode.md", measured, page))

@@ -11,22 +11,18 @@ others of its kind.
 import argparse
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.allocation import measure, study
+from benchmarks.allocation import measure, side_study
 from benchmarks.allocation.datasets import Dataset, open_dataset
-from benchmarks.allocation.grids import FULL_TOKENS
 from benchmarks.allocation.runs import Run
+from benchmarks.allocation.side_study import Columns
 from benchmarks.allocation.tables import beside_each_other
-from saekit.errors import SaekitError
 from saekit.sae import SAE
 
-HERE = Path(__file__).parent
 RULE = "mutual+aux_zipf"
 FEWEST = 50  # tokens of a kind, for a correlation within it to count
 NORM_BINS = 20
@@ -44,23 +40,8 @@ class Read:
     begins_word: Tensor
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--datasets", nargs="+", choices=("stories260K", "pystd"), default=("stories260K", "pystd"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=FULL_TOKENS)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--shared", type=Path, default=study.SHARED)
-    parser.add_argument("--out", type=Path, default=HERE / "surprisal.md")
-    options = parser.parse_args()
-    try:
-        columns = {name: [numbers_of(name, seed, options) for seed in options.seeds] for name in options.datasets}
-    except SaekitError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    options.out.write_text(page(columns, options))
-    print(options.out.read_text())
-    return 0
+def measured(options: argparse.Namespace) -> Columns:
+    return {name: [numbers_of(name, seed, options) for seed in options.seeds] for name in options.datasets}
 
 
 def numbers_of(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
@@ -121,7 +102,7 @@ def within(kind: Tensor, tokens: Read) -> float:
     return total / weight if weight else math.nan
 
 
-def page(columns: Mapping[str, list[dict[str, float]]], options: argparse.Namespace) -> str:
+def page(columns: Columns, options: argparse.Namespace) -> str:
     """All numbers as one Markdown table, a column per data set."""
     how = (
         f"Written by `python -m benchmarks.allocation.surprisal`: {RULE}, 16x, k = {options.k}, {options.tokens:,} "
@@ -133,4 +114,4 @@ def page(columns: Mapping[str, list[dict[str, float]]], options: argparse.Namesp
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(side_study.run(__doc__, "surprisal.md", measured, page))
