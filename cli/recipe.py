@@ -102,13 +102,16 @@ def rule_and_objective(command: "Train") -> tuple["SelectionRule", "Objective"]:
     if command.rule in penalised:
         if command.then_feature is not None:
             raise SaekitError(f"--then-feature goes on from a rule that has a budget, not {command.rule}; try mutual")
-        if command.matryoshka:
-            raise SaekitError(f"--matryoshka goes with a rule that has a budget, not with {command.rule}; try mutual")
+        for flag in [
+            flag for flag, given in (("matryoshka", command.matryoshka), ("no-relu", command.no_relu)) if given
+        ]:
+            raise SaekitError(f"--{flag} goes with a rule that has a budget, not with {command.rule}; try mutual")
         return Threshold(0.0), penalised[command.rule](command.k)
+    relu = not command.no_relu
     rules = {
-        "topk": lambda: TopK(command.k),
-        "mutual": lambda: MutualChoice(command.k),
-        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent, offset=command.offset),
+        "topk": lambda: TopK(command.k, relu=relu),
+        "mutual": lambda: MutualChoice(command.k, relu=relu),
+        "feature": lambda: FeatureChoice(command.k, exponent=command.exponent, offset=command.offset, relu=relu),
     }
     return rules[command.rule](), Matryoshka() if command.matryoshka else Reconstruction()
 

@@ -61,6 +61,8 @@ class Train:
     """For --exponent: added to the rank, which flattens the head of the curve."""
     then_feature: float | None = None
     """Share of the run after which --rule mutual or topk goes on as feature choice, on the curve it has led to."""
+    no_relu: bool = False
+    """Negative activations count with what they are instead of as zero; for rules with a budget."""
     matryoshka: bool = False
     """Every prefix of the dictionary has to reconstruct by itself; for rules with a budget."""
     features: int | None = None

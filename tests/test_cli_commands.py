@@ -339,11 +339,12 @@ def test_a_rule_without_a_budget_becomes_thresholds(place, tmp_path, capsys, rul
 
 
 def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):
-    ways = ["--rule", "mutual", "--matryoshka", "--then-feature", "0.5"]
+    ways = ["--rule", "mutual", "--matryoshka", "--then-feature", "0.5", "--no-relu"]
     assert main(train_arguments(place, tmp_path / "sae", *ways, "--json")) == 0
     assert "Matryoshka" in json.loads(capsys.readouterr().out)["rule"]
-    recipe = SAE.load(tmp_path / "sae").cfg.metadata["training"]
-    assert recipe["then"].startswith("ThenFeatureChoice(at=0.5")
+    sae = SAE.load(tmp_path / "sae")
+    assert sae.cfg.metadata["training"]["then"].startswith("ThenFeatureChoice(at=0.5")
+    assert isinstance(sae.rule, Threshold) and not sae.rule.relu
 
 
 def test_prefetching_trains_the_same_sae_and_training_says_what_its_time_went_into(place, tmp_path, capsys):
@@ -403,6 +404,7 @@ def test_a_transcoder_is_trained_and_evaluated_where_it_writes(place, tmp_path, 
     [
         (["--site-out", "layers.0", "layers.1"], "2 Sites to reconstruct for 1 to read; give one"),
         (["--rule", "gated", "--matryoshka"], "goes with a rule that has a budget, not with gated; try mutual"),
+        (["--rule", "relu", "--no-relu"], "--no-relu goes with a rule that has a budget, not with relu; try mutual"),
         (["--rule", "jumprelu", "--then-feature", "0.5"], "goes on from a rule that has a budget, not jumprelu"),
         (["--rule", "feature", "--offset", "3.0"], "equal budgets have none; pass --exponent too"),
         (["--exponent", "1.0"], "shapes the budgets of --rule feature, not of topk; leave it away"),

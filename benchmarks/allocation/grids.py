@@ -45,7 +45,7 @@ BESIDE: tuple[dict[str, Any], ...] = (
     # variants: three seeds where much is known, one elsewhere
     MILD | {"rules": VARIANTS},
     TIGHT | {"rules": VARIANTS},
-    PYSTD | {"rules": BY_FEATURE},
+    PYSTD | {"rules": (*BY_FEATURE, "topk+aux_zipf+equal_norms")},
     {"datasets": ("stories260K",), "expansions": (16,), "ks": (8,), "rules": ("topk+aux_zipf_by_feature",)},
     {"datasets": ("synthetic_outliers",), "ks": (8,), "rules": ("matryoshka_mutual",)},
     ONE | {"expansions": (16,), "rules": (*BY_FEATURE, "matryoshka_mutual")},
