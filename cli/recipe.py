@@ -102,10 +102,9 @@ def rule_and_objective(command: "Train") -> tuple["SelectionRule", "Objective"]:
     if command.rule in penalised:
         if command.then_feature is not None:
             raise SaekitError(f"--then-feature goes on from a rule that has a budget, not {command.rule}; try mutual")
-        for flag in [
-            flag for flag, given in (("matryoshka", command.matryoshka), ("no-relu", command.no_relu)) if given
-        ]:
-            raise SaekitError(f"--{flag} goes with a rule that has a budget, not with {command.rule}; try mutual")
+        if command.matryoshka or command.no_relu:
+            flag = "--matryoshka" if command.matryoshka else "--no-relu"
+            raise SaekitError(f"{flag} goes with a rule that has a budget, not with {command.rule}; try mutual")
         return Threshold(0.0), penalised[command.rule](command.k)
     relu = not command.no_relu
     rules = {

@@ -35,7 +35,7 @@ class Train:
       saekit train gpt2 NeelNanda/pile-10k --site blocks.8.hook_resid_pre --rule mutual
       saekit train --site layers.2.mlp:in --site-out layers.2.mlp:out --skip
       saekit train --site layers.1 layers.2 layers.3 --crosscoder --out my-crosscoder
-      saekit train ./my-model ./notes.txt --site layers.3 --start my-sae --rule jumprelu --out tuned
+      saekit train ./my-model ./notes.txt --start my-sae --rule jumprelu --learning-rate 3e-4 --out tuned
     """
 
     model: Annotated[str, tyro.conf.Positional] = "pystd"

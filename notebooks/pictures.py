@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 900, 450
 
 
 def main(paths: list[str]) -> int:
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         print("Error: there is no chromium on the path; install it, it draws the pictures", file=sys.stderr)
         return 1

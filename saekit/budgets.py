@@ -44,11 +44,6 @@ def zipf_budgets(
     total = k * n_tokens
     if n_tokens == 0:
         return torch.zeros(n_features, dtype=torch.int64)
-    if k > cap * n_features:
-        raise SaekitError(
-            f"{n_features:,} features on at most {cap:g} of all tokens each cannot spend k={k} on every token; "
-            "choose a smaller k, or a larger cap"
-        )
     smallest = smallest_batch(k, n_features=n_features, exponent=exponent, offset=offset, floor=floor, cap=cap)
     if n_tokens < smallest:
         advice = "" if floor is not None or exponent == 0 else ", or floor=1, which flattens the tail of the curve"
@@ -86,7 +81,16 @@ def smallest_batch(
 def zipf_shares(
     k: int, *, n_features: int, exponent: float, offset: float, least: float = 0.0, most: float = 1.0
 ) -> Float[Tensor, " n_features"]:
-    """Budgets per token, before rounding: they sum to `k`, whatever the batch. Not to be changed by the caller."""
+    """Budgets per token, before rounding: they sum to `k`, whatever the batch. Not to be changed by the caller.
+
+    Raises:
+        SaekitError: if no curve has the sum.
+    """
+    if k > most * n_features:
+        raise SaekitError(
+            f"{n_features:,} features on at most {most:g} of all tokens each cannot spend k={k} on every token; "
+            "choose a smaller k, or a larger cap"
+        )
     # in logarithms, since a steep curve leaves the range of floating point
     log_weights = -exponent * (torch.arange(1, n_features + 1, dtype=torch.float64) + offset).log()
     # from where even the first rank has next to nothing to where even the last is at its cap

@@ -143,7 +143,7 @@ class AuxZipf:
 
 def _check_common(options: AuxK | AuxZipf) -> None:
     name = type(options).__name__
-    if not options.weight >= 0:
+    if not 0 <= options.weight < math.inf:
         raise SaekitError(f"{name} got weight={options.weight}; give 0 or more")
     for field in ("k_aux", "dead_after"):
         number = getattr(options, field)

@@ -215,7 +215,11 @@ class FeatureChoice(_Briefly):
         return zipf_budgets(self.k, n_tokens=n_tokens, **self._curve(n_features))
 
     def densities(self, n_features: int) -> Float[Tensor, " n_features"]:
-        """Share of the tokens that the curve grants each rank, whatever the batch; without the floor."""
+        """Share of the tokens that the curve grants each rank, whatever the batch; without the floor.
+
+        Raises:
+            SaekitError: if so few features, capped so, cannot spend `k` on every token.
+        """
         return zipf_shares(
             self.k, n_features=n_features, exponent=self.exponent, offset=self.offset, most=self.cap
         ).clone()
@@ -286,6 +290,11 @@ class Threshold:
         # a negative cut would let entries through that ReLU closes anyway
         theta = theta.expand(n_features)
         return theta.clamp(min=0) if self.relu else theta
+
+
+def keeps_negatives(rule: SelectionRule) -> bool:
+    """Whether activations below zero are kept as they are."""
+    return isinstance(rule, AbsTopK) or not getattr(rule, "relu", True)
 
 
 def check_k(name: str, k: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.allocation import batch_mode, datasets, grids, measure, plots, results, runs, study, tables
+from benchmarks.allocation import batch_mode, datasets, grids, measure, plots, results, runs, side_study, study, tables
 from benchmarks.allocation import surprisal as surprisal_of
 from benchmarks.allocation.by_peer import train_by_peer
 from benchmarks.allocation.recorded import Recording
@@ -209,6 +209,36 @@ def test_fvu_is_of_all_tokens_while_the_rule_sees_a_batch_at_a_time():
         assert batch_mode.fvu_of(together, parts) != pytest.approx(batch_mode.fvu_of(together, [x]))
 
 
+def test_a_small_study_writes_its_page_or_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study", "--datasets", "pystd", "--seeds", "3", "--out", str(tmp_path / "p.md")])
+
+    def page(columns: side_study.Columns, options: Namespace) -> str:
+        return f"{columns} {side_study.command('surprisal', options)}"
+
+    measured = {"pystd": [{"fvu": 0.5}]}
+    assert side_study.run("What for.", "unused.md", lambda options: measured, page) == 0
+    written = (tmp_path / "p.md").read_text()
+    assert written == f"{measured} python -m benchmarks.allocation.surprisal --datasets pystd"
+    assert capsys.readouterr().out.strip() == written
+
+    def fail(options: Namespace) -> side_study.Columns:
+        raise DataError(f"nothing for seeds {options.seeds}")
+
+    assert side_study.run("What for.", "unused.md", fail, page) == 1
+    assert capsys.readouterr().err == "Error: nothing for seeds [3]\n"
+
+
+@pytest.mark.usefixtures("_small")
+def test_batch_mode_is_measured_in_every_way_that_its_page_names(monkeypatch):
+    dataset = datasets.open_dataset("synthetic", shared=Path())
+    monkeypatch.setattr(batch_mode, "open_dataset", lambda name, shared: dataset)
+    options = Namespace(shared=Path(), tokens=4096, k=2, seeds=[0, 1], datasets=["stories260K"])
+    columns = {"one": [batch_mode.numbers_of("stories260K", batch_mode.RULES[0], seed, options) for seed in (0, 1)]}
+    told = batch_mode.page(columns, options)
+    assert told.count("\n| ") == 8 and "batch_mode --datasets stories260K`" in told and "seeds 0, 1." in told
+    assert all(0 < number < 2 for seed in columns["one"] for number in seed.values())
+
+
 def test_timing_a_source_leaves_its_batches_alone():
     source = SyntheticSource(truth=synthetic_truth(SyntheticConfig(d_model=8, n_features=9, l0=1.0)))
     timed = measure.TimedSource(source)
@@ -283,19 +313,19 @@ def test_rows_are_added_whole_and_known_again(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["r.csv"]
 
 
-def test_two_studies_that_end_at_once_lose_no_row(tmp_path):
+def test_two_studies_that_end_at_once_lose_no_row_and_write_none_twice(tmp_path):
     path = tmp_path / "r.csv"
 
     def add(number: int) -> None:
-        for seed in range(number * 20, number * 20 + 20):
+        for seed in range(number * 20, number * 20 + 21):  # the last is the next one's first, too
             results.append(path, asdict(replace(RUN, seed=seed)) | {"fingerprint": "1"})
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
-    assert sorted(int(row["seed"]) for row in results.read(path)) == list(range(80))
+    assert sorted(int(row["seed"]) for row in results.read(path)) == list(range(81))
 
 
-def test_rows_of_an_older_model_are_left_out_of_tables_and_not_of_those_of_other_data():
+def test_tables_leave_out_rows_of_an_older_model():
     def row(dataset: str, fingerprint: str, finished: str) -> dict[str, str]:
         return {"dataset": dataset, "fingerprint": fingerprint, "finished": finished}
 
@@ -382,20 +412,22 @@ def test_the_study_refuses_to_run_on_red_tests(tmp_path, monkeypatch, capsys):
     out = tmp_path / "r.csv"
     arguments = ["study", "--out", str(out), "--datasets", "synthetic", "--rules", "topk", "--seeds", "0", "--ks", "8"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--expansions", "16"])
-    ran = []
-    monkeypatch.setattr(
-        study, "in_own_process", lambda run, shared, peer, recordings: ran.append(run) or {"dataset": "x"}
-    )
+    ran, new = [], {"dataset": "x", "fingerprint": "new", "finished": "2026-02-01"}
+    monkeypatch.setattr(study, "in_own_process", lambda run, shared, peer, recordings: ran.append(run) or new)
     monkeypatch.setattr(study, "TESTS", ("that_is_not_there",))
     assert study.main() == 1
     assert (ran, out.exists()) == ([], False)
     assert "the tests are red" in capsys.readouterr().err
     monkeypatch.setattr(study, "tests_pass", lambda names: True)
     monkeypatch.setattr(study.plots, "write_all", lambda rows, folder: [])
-    monkeypatch.setattr(study.tables, "write", lambda rows, path: None)
+    shown = []
+    monkeypatch.setattr(study.tables, "write", lambda rows, path: shown.extend(rows))
+    older = {"dataset": "x", "fingerprint": "of an older model", "finished": "2026-01-01"}
+    results.append(out, older)
     assert study.main() == 0
     assert len(ran) == 1
-    assert len(results.read(out)) == 1
+    assert len(results.read(out)) == 2
+    assert [row["fingerprint"] for row in shown] == ["new"]
 
 
 @pytest.mark.parametrize(

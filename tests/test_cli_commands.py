@@ -23,7 +23,7 @@ from saekit.targets import Target
 from saekit_cli import evaluate
 from saekit_cli.main import main
 from saekit_cli.output import Progress
-from saekit_cli.recipe import auxiliary_of, train_configs
+from saekit_cli.recipe import auxiliary_of, rule_and_objective, train_configs
 from saekit_cli.train import Train
 
 METRICS = {
@@ -336,6 +336,13 @@ def test_a_rule_without_a_budget_becomes_thresholds(place, tmp_path, capsys, rul
     facts = json.loads(capsys.readouterr().out)
     assert facts["rule"].startswith({"relu": "ReLUL1", "gated": "Gated", "jumprelu": "JumpReLU"}[rule])
     assert isinstance(SAE.load(tmp_path / "sae").rule, Threshold)
+
+
+@pytest.mark.parametrize("rule", ["topk", "mutual", "feature"])
+def test_every_rule_with_a_budget_can_be_without_relu(rule):
+    kept, _ = rule_and_objective(Train(rule=rule, no_relu=True))
+    usual, _ = rule_and_objective(Train(rule=rule))
+    assert (kept.relu, usual.relu) == (False, True)
 
 
 def test_the_other_ways_to_train_reach_the_config(place, tmp_path, capsys):

@@ -231,7 +231,7 @@ def test_a_run_goes_on_only_with_its_sites_in_their_order(tmp_path, small_sample
 
     with pytest.raises(InterruptedError):
         train_crosscoder(config, Cached(), [EARLY, LATE], on_step=stopping_at(3), run_file=RunFile(path=path, every=1))
-    with pytest.raises(SaekitError, match="joined"):
+    with pytest.raises(SaekitError, match="Sites"):
         train_crosscoder(config, Cached(), [LATE, EARLY], run_file=RunFile(path=path, resume=True))
 
 
@@ -243,7 +243,7 @@ def test_sites_whose_batches_are_of_other_tokens_are_not_joined():
                 yield batches | {LATE: replace(late, position=late.position + 1)}
 
     config = TrainConfig(site=EARLY, rule=TopK(2), n_features=24, tokens=4 * 256, batch_tokens=256)
-    with pytest.raises(ShapeError, match="the mask keeps 256 tokens at one Site"):
+    with pytest.raises(ShapeError, match="256 tokens at one Site and 256, or others, at another"):
         train_crosscoder(config, Shifted(), [EARLY, LATE])
 
 

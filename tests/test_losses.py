@@ -376,6 +376,7 @@ def test_a_sampled_auxiliary_loss_is_that_of_the_first_tokens(claim, given):
     [
         ({"weight": -1.0}, r"got weight=-1\.0; give 0 or more"),
         ({"weight": float("nan")}, "got weight=nan; give 0 or more"),
+        ({"weight": float("inf")}, "got weight=inf; give 0 or more"),
         ({"k_aux": 0}, "got k_aux=0; give at least 1, or None"),
         ({"dead_after": -5}, "got dead_after=-5; give at least 1, or None"),
     ],
@@ -422,7 +423,13 @@ def test_a_curve_needs_no_batch_that_would_grant_it(rule):
     assert float(expected.max()) <= rule.cap and bool((expected > 0).all())
 
 
-def test_a_floor_is_none_of_a_curve():
+@pytest.mark.parametrize("rule", [FeatureChoice(8, exponent=1.0, cap=0.01), FeatureChoice(401)], ids=str)
+def test_a_curve_that_no_dictionary_of_this_size_has_is_refused(rule):
+    with pytest.raises(SaekitError, match=r"400 features on at most .* cannot spend k="):
+        curve_density(zipf_densities(), rule)
+
+
+def test_a_curve_with_a_floor_is_refused():
     with pytest.raises(SaekitError, match="whose floor counts tokens of a batch, and the curve is of densities"):
         AuxZipf(curve=FeatureChoice(3, floor=1))
 

@@ -14,7 +14,7 @@ from saekit.losses import fvu
 from saekit.normalisation import EqualNorms
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig
-from saekit.selection import FeatureChoice, MutualChoice, SelectionRule, Threshold, TopK
+from saekit.selection import AbsTopK, FeatureChoice, GroupMax, MutualChoice, SelectionRule, Threshold, TopK
 from saekit.training.loop import train
 from saekit.training.objectives import Gated, JumpReLU
 from saekit.training.step import TrainState, measure
@@ -140,12 +140,13 @@ def test_a_feature_that_is_granted_nothing_has_a_threshold_that_can_be_trained(t
     assert torch.isfinite(torch.as_tensor(tuned.rule.theta)).all()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("changes", [{}, {"rule": Threshold(0.0), "objective": JumpReLU(3)}], ids=str)
-def test_an_sae_without_relu_goes_on_only_without_it(changes, trained, vectors):
-    start = trained.with_rule(TopK(3, relu=False))
-    with pytest.raises(
-        SaekitError, match=r"this SAE has no ReLU, and .* would drop its negative activations; train with"
-    ):
+@pytest.mark.parametrize("rule", [TopK(3, relu=False), AbsTopK(3), Threshold(0.5, relu=False)], ids=repr)
+@pytest.mark.parametrize(
+    "changes", [{}, {"rule": GroupMax(3)}, {"rule": Threshold(0.0), "objective": JumpReLU(3)}], ids=str
+)
+def test_an_sae_that_keeps_negative_activations_goes_on_only_under_a_rule_that_does(changes, rule, trained, vectors):
+    start = trained.with_rule(rule)
+    with pytest.raises(SaekitError, match="this SAE keeps negative activations, and the run would drop them"):
         train([config(4, **changes)], source_of(vectors), start=[start])
     train([config(4, rule=TopK(3, relu=False))], source_of(vectors), start=[start])
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.allocation.batch_mode [--datasets stories260K pystd] [--seeds 0 1 2] [--out batch_mode.md]
 
-Trains Feature Choice as the study does, half a minute to two a seed and rule, and lets it choose among the same
-tokens in several ways: in batches that are rows of text in their order, as the study measures; in batches drawn from
-all rows, as training sees them; among all at once. The same on text that it was trained on tells what is due to the
-order, to the size of a batch, and to held-out text itself, which asks for other features than the budgets provide for.
+Trains Feature Choice as the study does, half a minute to two minutes for each seed and rule, and lets it choose among
+the same tokens in several ways: in batches that are rows of text in their order, as the study measures; in batches
+drawn from all rows, as training sees them; among all at once. The same on text that it was trained on tells what is due
+to the order, to the size of a batch, and to held-out text itself, which asks for other features than the budgets
+provide for.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def fvu_of(sae: SAE, batches: Sequence[Float[Tensor, "_ d_model"]]) -> float:
 def page(columns: Columns, options: argparse.Namespace) -> str:
     """All numbers as one Markdown table, a column per data set and rule."""
     how = (
-        f"Written by `python -m benchmarks.allocation.batch_mode`: FVU at 16x, k = {options.k}, {options.tokens:,} "
+        f"Written by `{side_study.command('batch_mode', options)}`: FVU at 16x, k = {options.k}, {options.tokens:,} "
         f"training tokens; up to 160 held-out rows of 256 tokens, and as many tokens of the training text; seeds "
         f"{', '.join(map(str, options.seeds))}."
     )

@@ -12,22 +12,22 @@ FULL_TOKENS = 1_024_000
 QUICK_TOKENS = 131_072
 
 TOPK_LOSSES = ("topk+aux_k", "topk+aux_zipf", "topk+aux_zipf_by_feature")
-BY_FEATURE = (
+BY_FEATURE_RULES = (
     "topk+aux_zipf_by_feature",
     "mutual+aux_zipf_by_feature",
     "mutual+aux_zipf_by_feature+equal_norms",
 )
 VARIANTS = (
-    *BY_FEATURE,
+    *BY_FEATURE_RULES,
     "matryoshka_mutual",
     "topk+aux_zipf+equal_norms",
     "feature_zipf+aux_zipf+no_relu",
     "feature_fitted+aux_zipf",
 )
 TABLE_RULES = tuple(rule for rule in RULES if rule not in VARIANTS)
-# rules whose learning rate was looked into; a second phase comes after the rule that it begins with
+# rules whose learning rate is looked into: not the peer's own trainer, nor a rule that begins as one of these
 RATED = tuple(rule for rule in TABLE_RULES if rule not in (*BY_PEER, "mutual_then_feature"))
-AT_BEST_RATE = (
+AT_TWICE = (
     *TOPK_LOSSES,
     "mutual+aux_zipf",
     "mutual+aux_zipf+equal_norms",
@@ -45,23 +45,23 @@ BESIDE: tuple[dict[str, Any], ...] = (
     # variants: three seeds where much is known, one elsewhere
     MILD | {"rules": VARIANTS},
     TIGHT | {"rules": VARIANTS},
-    PYSTD | {"rules": (*BY_FEATURE, "topk+aux_zipf+equal_norms")},
+    PYSTD | {"rules": (*BY_FEATURE_RULES, "topk+aux_zipf+equal_norms")},
     {"datasets": ("stories260K",), "expansions": (16,), "ks": (8,), "rules": ("topk+aux_zipf_by_feature",)},
     {"datasets": ("synthetic_outliers",), "ks": (8,), "rules": ("matryoshka_mutual",)},
-    ONE | {"expansions": (16,), "rules": (*BY_FEATURE, "matryoshka_mutual")},
+    ONE | {"expansions": (16,), "rules": (*BY_FEATURE_RULES, "matryoshka_mutual")},
     ONE
     | {"datasets": ("stories260K",), "expansions": (64,), "ks": (32,), "rules": ("matryoshka_mutual", *TOPK_LOSSES)},
-    ONE | {"datasets": ("pystd",), "expansions": (64,), "ks": (8,), "rules": BY_FEATURE},
+    ONE | {"datasets": ("pystd",), "expansions": (64,), "ks": (8,), "rules": BY_FEATURE_RULES},
     # learning rates
     MILD | ONE | {"rules": tuple(rule for rule in RATED if rule != "topk+aux_zipf"), "lr_scales": (0.5,)},
-    MILD | ONE | {"rules": (*RATED, *BY_FEATURE), "lr_scales": (2.0, 4.0)},
+    MILD | ONE | {"rules": (*RATED, *BY_FEATURE_RULES), "lr_scales": (2.0, 4.0)},
     MILD | ONE | {"rules": ("matryoshka_mutual",), "lr_scales": (2.0,)},
-    TIGHT | ONE | {"rules": (*RATED, *BY_FEATURE), "lr_scales": (2.0, 4.0)},
+    TIGHT | ONE | {"rules": (*RATED, *BY_FEATURE_RULES), "lr_scales": (2.0, 4.0)},
     MILD | ONE | {"rules": ("topk+aux_k", "mutual+aux_zipf"), "lr_scales": (8.0,)},
     TIGHT | ONE | {"rules": ("topk+aux_k", "mutual+aux_k", "mutual+aux_zipf+equal_norms"), "lr_scales": (8.0,)},
-    MILD | {"rules": AT_BEST_RATE, "lr_scales": (2.0,)},
-    TIGHT | {"rules": AT_BEST_RATE, "lr_scales": (2.0,)},
-    PYSTD | {"rules": AT_BEST_RATE, "lr_scales": (2.0,)},
+    MILD | {"rules": AT_TWICE, "lr_scales": (2.0,)},
+    TIGHT | {"rules": AT_TWICE, "lr_scales": (2.0,)},
+    PYSTD | {"rules": AT_TWICE, "lr_scales": (2.0,)},
     PYSTD | ONE | {"rules": ("mutual+aux_k", "mutual+aux_zipf_by_feature"), "lr_scales": (2.0,)},
     PYSTD
     | ONE

@@ -74,7 +74,9 @@ def done(path: Path) -> set[tuple[str, ...]]:
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row. Columns that do not apply to a run stay empty; of two studies that end at once, one waits.
+    """Add a row, unless its run has one. Columns that do not apply to a run stay empty.
+
+    Of two studies that write at once, one waits.
 
     Raises:
         FileError: for a column that the table does not have, so that no number is lost.
@@ -85,6 +87,8 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     with _alone_in(path.parent):
+        if tuple(_cell(row.get(name)) for name in KEY) in done(path):  # another study was as fast
+            return
         rows = [*read(path), {name: _cell(row.get(name)) for name in COLUMNS}]
         with beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

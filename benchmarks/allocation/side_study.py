@@ -41,3 +41,8 @@ def run(
     options.out.write_text(page(columns, options), encoding="utf-8")
     print(options.out.read_text(encoding="utf-8"))
     return 0
+
+
+def command(name: str, options: argparse.Namespace) -> str:
+    """What writes the same page again, the seeds, tokens and k that it names left out."""
+    return f"python -m benchmarks.allocation.{name} --datasets {' '.join(options.datasets)}"

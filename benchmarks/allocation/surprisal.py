@@ -105,7 +105,7 @@ def within(kind: Tensor, tokens: Read) -> float:
 def page(columns: Columns, options: argparse.Namespace) -> str:
     """All numbers as one Markdown table, a column per data set."""
     how = (
-        f"Written by `python -m benchmarks.allocation.surprisal`: {RULE}, 16x, k = {options.k}, {options.tokens:,} "
+        f"Written by `{side_study.command('surprisal', options)}`: {RULE}, 16x, k = {options.k}, {options.tokens:,} "
         f"training tokens, calibrated; 160 held-out rows of 256 tokens; seeds {', '.join(map(str, options.seeds))}. "
         f"Kinds with fewer than {FEWEST} tokens are left out of the averages."
     )

@@ -43,8 +43,8 @@ class ActivationBatch:
         """Raises: ShapeError if the other's rows are not of the same tokens, as where a mask goes by norms."""
         if not (torch.equal(self.document, other.document) and torch.equal(self.position, other.position)):
             raise ShapeError(
-                f"the mask keeps {len(self)} tokens at one Site and {len(other)}, or others, at another; leave "
-                "max_norm out of the mask, so that each is of the same tokens"
+                f"{len(self)} tokens at one Site and {len(other)}, or others, at another; leave max_norm out of the "
+                "mask, or let the source give every Site the same documents and positions"
             )
 
     def select(self, rows: Int[Tensor, " chosen"] | slice) -> "ActivationBatch":

@@ -44,7 +44,7 @@ class Joined:
         Raises:
             SaekitError: the source cannot say, and so a run that reads it cannot be resumed.
         """
-        own = {"joined": ", ".join(map(str, self.scales))}
+        own = {"Sites": ", ".join(map(str, self.scales))}
         own |= {_scale_of(site): scale for site, scale in self.scales.items()}
         return dict(resumable(self.source).facts()) | own
 

@@ -280,10 +280,11 @@ def _resample(state: TrainState, vectors: Vectors, targets: Targets | None) -> I
     return resampled
 
 
-@torch.no_grad()
 def _cut_anew(state: TrainState, resampled: Int[Tensor, " resampled"], pool: Pool | None) -> None:
-    """A pool's cuts are of the weights that were: features with new ones get theirs, or wait for the next pool."""
+    """The pool's cuts are of the old weights: measure them again where it begins, else wait for the next pool."""
     sae = state.sae
+    if not len(resampled):
+        return
     if isinstance(state.in_force, FeatureChoice) and pool is not None:
         sae.rule = calibrate(sae.with_rule(state.in_force), state.inputs(pool))
     elif state.pooled >= 0 and isinstance(sae.rule, Threshold):

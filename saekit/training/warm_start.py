@@ -12,7 +12,7 @@ from saekit.activations.harvest import checksum
 from saekit.errors import SaekitError
 from saekit.sae import SAE
 from saekit.sae_config import SAEConfig, rule_tensors
-from saekit.selection import SelectionRule, Threshold
+from saekit.selection import SelectionRule, Threshold, keeps_negatives
 
 
 def check_start(start: SAE, cfg: SAEConfig, *, skip: bool, rule: SelectionRule) -> None:
@@ -25,10 +25,10 @@ def check_start(start: SAE, cfg: SAEConfig, *, skip: bool, rule: SelectionRule) 
         SaekitError: if widths, normalisation or the kind of SAE are others than the run's, or its negative
             activations would be lost.
     """
-    if not getattr(start.rule, "relu", True) and getattr(rule, "relu", False):
+    if keeps_negatives(start.rule) and not keeps_negatives(rule):
         raise SaekitError(
-            f"this SAE has no ReLU, and {type(rule).__name__} would drop its negative activations; train with a rule "
-            "that has relu=False, or start without it"
+            "this SAE keeps negative activations, and the run would drop them; train under a rule with a budget and "
+            "relu=False (--no-relu), or start without it"
         )
     is_, asked = _shape(start.cfg, skip=start.skip is not None), _shape(cfg, skip=skip)
     differing = [f"{name} is {is_[name]}, the run asks for {asked[name]}" for name in asked if is_[name] != asked[name]]

@@ -7,8 +7,8 @@
 `decode'` is the decoder as a constant. Since gate and magnitude share directions, the trained SAE is a
 JumpReLU SAE, and is handed out as one.
 
-An auxiliary loss revives directions, which open gates; the gates' own bias and `r` are not asked by it. (Our choice:
-what explains best is not yet how far a gate is to be open, which the penalty and `decode'` settle.)
+An auxiliary loss trains only the directions that gates and magnitudes share; how far a gate opens is left to the
+penalty and `decode'`. (Our choice.)
 """
 
 from dataclasses import dataclass
