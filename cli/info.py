@@ -114,9 +114,12 @@ def rule_as_text(rule: "SelectionRule") -> str:
 
     if not isinstance(rule, Threshold):
         return repr(rule)
+    without = "" if rule.relu else ", without ReLU"
     if isinstance(rule.theta, torch.Tensor) and rule.theta.numel() > 1:
-        return "Threshold, one cut for each feature (JumpReLU)"
-    return "Threshold(0): ReLU" if float(rule.theta) == 0 else f"Threshold({float(rule.theta):.6g}), one cut for all"
+        return f"Threshold, one cut for each feature{without or ' (JumpReLU)'}"
+    if float(rule.theta) == 0 and rule.relu:
+        return "Threshold(0): ReLU"
+    return f"Threshold({float(rule.theta):.6g}), one cut for all{without}"
 
 
 def _normalisation_as_text(normalisation: Any) -> str:

@@ -112,7 +112,9 @@ def card(sae: SAE, place: HubPlace, *, licence: str | None = None) -> str:
         "Sites" if is_joint else "Site": ", ".join(f"`{site}`" for site in sites) or "not recorded",
         **({"writes": f"`{cfg.hook_name_out}`"} if cfg.hook_name_out else {}),
         "shape": f"{sae.d_model:,} → {sae.n_features:,} features → {sae.d_out:,}",
-        "rule": "JumpReLU (a threshold for each feature)" if isinstance(sae.rule, Threshold) else f"`{sae.rule!r}`",
+        "rule": "JumpReLU (a threshold for each feature)"
+        if isinstance(sae.rule, Threshold) and sae.rule.relu
+        else f"`{sae.rule!r}`",
         "normalisation": f"`{cfg.normalisation!r}`",
         **({"text": f"`{cfg.metadata['text']}`"} if "text" in cfg.metadata else {}),
     }

@@ -259,7 +259,7 @@ class FeatureChoice(_Briefly):
         return by_rank[self.ranks.to(device)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Threshold:
     """Keeps what exceeds a fixed cut, one for all features or one each: the rule for inference.
 
@@ -269,6 +269,12 @@ class Threshold:
     theta: float | Float[Tensor, " n_features"]
     relu: bool = True
     looks_across_tokens: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        """Without the cuts themselves, of which there may be a hundred thousand."""
+        theta = torch.as_tensor(self.theta)
+        cuts = f"{len(theta):,} cuts, {theta.min():.4g} to {theta.max():.4g}" if theta.ndim else f"{float(theta):.6g}"
+        return f"Threshold({cuts}{'' if self.relu else ', relu=False'})"
 
     def __call__(self, pre_acts: PreActs) -> SparseCodes:
         theta = self.per_feature(pre_acts.shape[1], pre_acts)

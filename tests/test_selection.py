@@ -447,3 +447,15 @@ def test_encode_takes_any_strides(rule):
 def test_an_empty_batch_has_empty_codes(rule):
     codes = rule.encode(torch.zeros(0, 3), torch.ones(4, 3), torch.ones(4))
     assert codes.n_tokens == 0 and len(codes.values) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (Threshold(0.0), "Threshold(0)"),
+        (Threshold(1.25, relu=False), "Threshold(1.25, relu=False)"),
+        (Threshold(torch.linspace(1, 2, 16384)), "Threshold(16,384 cuts, 1 to 2)"),
+    ],
+)
+def test_a_threshold_is_named_in_one_line_however_many_cuts_it_has(rule, said):
+    assert repr(rule) == said

@@ -149,7 +149,7 @@ def _page(
         token_text=partial(token_texts, harvest.target.tokenizer),
         model=harvest.target.name,
         site=", ".join(map(str, harvest.sites)),
-        rule=repr(sae.rule) if not hasattr(sae.rule, "theta") else "Threshold",
+        rule=repr(sae.rule),
         metrics={name: float(value) for name, value in metrics.items()},
         concepts=labels.concepts if labels is not None else (),
         effects=None if unembed is None else logit_effects(w_dec[features].cpu(), unembed),
