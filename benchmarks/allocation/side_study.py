@@ -9,7 +9,6 @@ from benchmarks.allocation import study
 from benchmarks.allocation.grids import FULL_TOKENS
 from saekit.errors import SaekitError
 
-HERE = Path(__file__).parent
 Columns = Mapping[str, list[dict[str, float]]]
 """Named numbers of each seed, by the head of their column."""
 
@@ -31,7 +30,7 @@ def run(
     parser.add_argument("--tokens", type=int, default=FULL_TOKENS)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--shared", type=Path, default=study.SHARED)
-    parser.add_argument("--out", type=Path, default=HERE / name)
+    parser.add_argument("--out", type=Path, default=study.HERE / name)
     options = parser.parse_args()
     try:
         columns = measure(options)
